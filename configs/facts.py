@@ -1,0 +1,33 @@
+"""What is known of the named data sets before a file of theirs is read: enough to refuse the impossible early."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """image_size: side in pixels; classes, train: counts. None where only the files of the user can tell.
+
+    embedded: comes with a dependency, so that there is nothing a `source` could point at.
+    from_source: made from the user's own files below `source`.
+    """
+
+    image_size: int | None = None
+    classes: int | None = None
+    train: int | None = None
+    embedded: bool = False
+    from_source: bool = False
+
+
+DATA_SETS: dict[str, DataFacts] = {
+    "digits": DataFacts(image_size=8, classes=10, train=1437, embedded=True),
+    "cifar10": DataFacts(image_size=32, classes=10, train=50_000),
+    "cifar100": DataFacts(image_size=32, classes=100, train=50_000),
+    "mnist": DataFacts(image_size=28, classes=10, train=60_000),
+    "fashion_mnist": DataFacts(image_size=28, classes=10, train=60_000),
+    "svhn": DataFacts(image_size=32, classes=10, train=73_257),
+    "stl10": DataFacts(image_size=96, classes=10, train=5_000),
+    "image_folder": DataFacts(from_source=True),
+    "npz": DataFacts(from_source=True),
+}
+
+MODELS = ("cnn", "resnet20", "resnet32", "resnet44", "resnet56")

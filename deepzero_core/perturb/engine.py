@@ -1,0 +1,143 @@
+"""The traced evaluator: differences carried through the graph, from the perturbed parameter to the loss.
+
+The structure of forward-mode differentiation with exact differences in place of tangents. The base pass caches every
+value; a perturbation then visits only the nodes downstream of its parameter, and each visit asks the operator's rule
+for the change of the result given the changes of the operands.
+"""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from deepzero_core.perturb.changes import OneHot, dense
+from deepzero_core.perturb.evaluator import BasePass, Chunk
+from deepzero_core.perturb.objective import RandomState
+from deepzero_core.perturb.rules import Call, general
+from deepzero_core.perturb.rules.elementwise import rule_for
+from deepzero_core.perturb.trace import Trace
+
+_MAX_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class _Walk:
+    loss: Tensor
+    peak_bytes: int
+
+
+class TracedEvaluator:
+    """Evaluates perturbations on a trace. See `Evaluator`."""
+
+    untraced: str | None = None
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._bytes: dict[str, int] = {}
+        self._last_use = {name: _last_uses(nodes) for name, nodes in trace.reads.items()}
+
+    def base(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
+    ) -> BasePass:
+        state = RandomState()
+        feeds = iter([*parameters.values(), *buffers.values(), inputs, targets])
+        values: dict[Node, Any] = {}
+        results: tuple[Any, ...] = ()
+        with torch.no_grad():
+            for node in self._trace.nodes:
+                if node.op == "placeholder":
+                    values[node] = next(feeds)
+                elif node.op == "get_attr":
+                    values[node] = _attribute(self._trace.graph, str(node.target))
+                elif node.op == "output":
+                    results = _bases(node.args, values)[0]
+                else:
+                    assert callable(node.target)
+                    values[node] = node.target(*_bases(node.args, values), **_bases(node.kwargs, values))
+        return BasePass(*self._trace.unflatten(results), parameters, values, state)
+
+    def coordinates(self, base: BasePass, chunk: Chunk, step: float) -> Tensor:
+        return self._walk(base, chunk, step).loss
+
+    def chunk_size(self, base: BasePass, name: str, memory: int) -> int:
+        """From the peak of one perturbation's own walk; measured once, in bytes, so that it is the same everywhere."""
+        if name not in self._bytes:
+            probe = Chunk(name, torch.zeros(1, dtype=torch.long, device=base.parameters[name].device))
+            self._bytes[name] = self._walk(base, probe, 1.0).peak_bytes
+        return max(1, min(_MAX_CHUNK, memory // max(1, self._bytes[name])))
+
+    def _walk(self, base: BasePass, chunk: Chunk, step: float) -> _Walk:
+        """Carry a step along every coordinate of the chunk to the loss."""
+        trace, count = self._trace, len(chunk.indices)
+        nodes, last_use = trace.reads[chunk.name], self._last_use[chunk.name]
+        source = OneHot(chunk.indices, base.parameters[chunk.name].new_full([count], step))
+        live: dict[Node, Any] = {trace.parameters[chunk.name]: source}
+        peak = 0
+        with torch.no_grad():
+            for node in nodes:
+                live[node] = _change_of(node, base.cache, live, count, trace.results_read(node))
+                peak = max(peak, sum(_bytes(change) for change in live.values()))
+                for used in last_use.get(node, ()):
+                    live.pop(used, None)
+        change = live.get(trace.loss)
+        if change is None:
+            return _Walk(base.loss.new_zeros(count), peak)
+        return _Walk(dense(change, base.loss.shape), peak)
+
+
+def _change_of(node: Node, values: dict[Node, Any], live: dict[Node, Any], count: int, read: frozenset[int]) -> Any:
+    """The change of one node's value, from those of its operands; None where nothing moves."""
+    changes = tuple(_operand_changes(argument, live) for argument in node.args)
+    if node.target is operator.getitem:
+        parts, index = changes[0], cast(int, node.args[1])
+        return parts[index] if isinstance(parts, (tuple, list)) else None
+    if all(change is None or (isinstance(change, list) and not any(change)) for change in changes):
+        return None
+    args, kwargs = _bases(node.args, values), _bases(node.kwargs, values)
+    call = Call(node.target, args, kwargs, changes, values[node], count, read)
+    rule = rule_for(node.target)
+    change = rule(call) if rule is not None else None
+    return general(call) if change is None else change
+
+
+def _bases(arguments: Any, values: dict[Node, Any]) -> Any:
+    """A node's arguments with base values in place of nodes."""
+    return torch.fx.node.map_arg(arguments, values.__getitem__)
+
+
+def _operand_changes(argument: Any, live: dict[Node, Any]) -> Any:
+    if isinstance(argument, Node):
+        return live.get(argument)
+    if isinstance(argument, (list, tuple)) and any(isinstance(item, Node) for item in argument):
+        return [live.get(item) if isinstance(item, Node) else None for item in argument]
+    return None
+
+
+def _last_uses(nodes: tuple[Node, ...]) -> dict[Node, list[Node]]:
+    """After which node which values are read no more."""
+    last: dict[Node, Node] = {}
+    for node in nodes:
+        for operand in node.all_input_nodes:
+            last[operand] = node
+    by_user: dict[Node, list[Node]] = {}
+    for operand, user in last.items():
+        by_user.setdefault(user, []).append(operand)
+    return by_user
+
+
+def _bytes(change: Any) -> int:
+    if isinstance(change, tuple):
+        return sum(_bytes(part) for part in change)
+    tensor = getattr(change, "delta", getattr(change, "value", None))
+    return tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else 0
+
+
+def _attribute(graph: torch.nn.Module, path: str) -> Any:
+    value: Any = graph
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,52 @@
+"""What every gradient estimator returns."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from deepzero_core.errors import RequestError, suggest
+
+DIFFERENCES = ("forward", "central")
+PRECISIONS = ("float32",)
+
+
+@dataclass(frozen=True)
+class GradientEstimate:
+    """An estimated gradient and what it cost.
+
+    gradients: by parameter name, in the parameter's shape; zero where not estimated.
+    queries:   loss evaluations spent, the base one included.
+    loss:      l(θ), the base evaluation.
+    outputs:   the module's outputs at θ, [B, …].
+    buffers:   the module's buffers as the base evaluation leaves them (BatchNorm's running statistics).
+    """
+
+    gradients: dict[str, Tensor]
+    queries: int
+    loss: float
+    outputs: Any = field(repr=False)
+    buffers: dict[str, Tensor] = field(repr=False)
+
+
+def check_arguments(mu: float, difference: str, precision: str = "float32") -> None:
+    """Refuse a smoothing parameter, difference or precision that does not exist.
+
+    Raises:
+        RequestError: says which and what would be right.
+    """
+    if not mu > 0:
+        raise RequestError(f"the smoothing parameter mu must be positive, not {mu}")
+    if difference not in DIFFERENCES:
+        raise RequestError(f"unknown difference {difference!r}: {suggest(difference, DIFFERENCES)}")
+    if precision not in PRECISIONS:
+        raise RequestError(f"unknown precision {precision!r}: {suggest(precision, PRECISIONS)}")
+
+
+def check_queries(queries: int) -> None:
+    """
+    Raises:
+        RequestError: fewer than one direction asked for.
+    """
+    if queries < 1:
+        raise RequestError(f"queries, the number of random directions, must be at least 1, not {queries}")

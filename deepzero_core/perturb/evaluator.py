@@ -1,0 +1,118 @@
+"""What an estimator asks of a module: a base pass, and loss differences under perturbations of its parameters.
+
+    evaluator = prepare(module, inputs, targets, loss_fn)
+    base = evaluator.base(parameters, buffers, inputs, targets)
+    losses = evaluator.coordinates(base, chunk, step)      # l(θ + step·eᵢ) − l(θ) for the chunk's coordinates i: [P]
+
+An evaluator holds for one set of shapes and one train/eval mode; values may change from step to step.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from deepzero_core.perturb.objective import LossFn, RandomState, preserved_random_state, state_of
+from deepzero_core.perturb.trace import UntraceableError, trace
+
+
+@dataclass(frozen=True)
+class BasePass:
+    """The unperturbed pass: l(θ), the outputs, the buffers as the pass leaves them, and what the evaluator caches."""
+
+    loss: Tensor
+    outputs: Any
+    buffers: dict[str, Tensor]
+    parameters: Mapping[str, Tensor]
+    cache: Any
+    random_state: RandomState
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Coordinates of one parameter that are evaluated together: flat indices into it, [P]."""
+
+    name: str
+    indices: Tensor
+
+
+class Evaluator(Protocol):
+    """Loss differences of a module under perturbations."""
+
+    @property
+    def untraced(self) -> str | None:
+        """Why the module could not be traced and is run once per perturbation; None where it was traced."""
+        ...
+
+    def base(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
+    ) -> BasePass: ...
+
+    def coordinates(self, base: BasePass, chunk: Chunk, step: float) -> Tensor:
+        """l(θ + step·eᵢ) − l(θ) for every i of the chunk: [P]."""
+        ...
+
+    def chunk_size(self, base: BasePass, name: str, memory: int) -> int:
+        """How many coordinates of a parameter may be evaluated together within `memory` bytes."""
+        ...
+
+
+def prepare(module: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn) -> Evaluator:
+    """The fastest evaluator that is right for this module: traced where it can be, one pass per perturbation otherwise.
+
+    Warns:
+        UserWarning: the module cannot be traced; says why.
+    """
+    from deepzero_core.perturb.engine import TracedEvaluator
+    from deepzero_core.perturb.separate import SeparateEvaluator
+
+    parameters, buffers = state_of(module)
+    try:
+        evaluator = TracedEvaluator(trace(module, parameters, buffers, inputs, targets, loss_fn))
+        _verify(evaluator, SeparateEvaluator(module, loss_fn), parameters, buffers, inputs, targets)
+        return evaluator
+    except UntraceableError as error:
+        warnings.warn(
+            f"{type(module).__name__} cannot be traced ({error}): one forward pass per query",
+            stacklevel=2,
+        )
+        return SeparateEvaluator(module, loss_fn, untraced=str(error))
+
+
+def _verify(
+    traced: Evaluator,
+    module: Evaluator,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+) -> None:
+    """Compare graph and module once, away from the parameters that were traced.
+
+    A value computed outside torch's sight during tracing would stand frozen in the graph and its gradient would be
+    missing without a sign.
+
+    Raises:
+        UntraceableError: they differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    moved = {
+        name: value + 0.01 * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        for name, value in parameters.items()
+    }
+    with preserved_random_state() as state:
+        seen = traced.base(moved, buffers, inputs, targets).loss
+        state.restore()
+        true = module.base(moved, buffers, inputs, targets).loss
+    if not torch.allclose(seen, true, rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise UntraceableError(f"its graph gives the loss {seen.item():.6g} where the module gives {true.item():.6g}")
+
+
+def chunks(evaluator: Evaluator, base: BasePass, coordinates: Mapping[str, Tensor], memory: int) -> Iterator[Chunk]:
+    """Cut flat indices by name into chunks: a function of them and of `memory`, never of who evaluates."""
+    for name, indices in coordinates.items():
+        if indices.numel():
+            yield from (Chunk(name, part) for part in indices.split(evaluator.chunk_size(base, name, memory)))

@@ -1,0 +1,33 @@
+"""The rules, one file per layer family; importing this package registers them all."""
+
+from deepzero_core.perturb.rules import (
+    activation,
+    conv,
+    elementwise,
+    linear,
+    movement,
+    norm,
+    pool,
+    reduction,
+    softmax,
+)
+from deepzero_core.perturb.rules.general import general
+from deepzero_core.perturb.rules.registry import Call, Result, Rule, find, rule
+
+__all__ = [
+    "Call",
+    "Result",
+    "Rule",
+    "activation",
+    "conv",
+    "elementwise",
+    "find",
+    "general",
+    "linear",
+    "movement",
+    "norm",
+    "pool",
+    "reduction",
+    "rule",
+    "softmax",
+]

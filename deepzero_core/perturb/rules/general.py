@@ -1,0 +1,62 @@
+"""The general path: `torch.vmap` of the operator over the perturbations. Right for every operator.
+
+    Δf[p] = f(y₁ + δ₁[p], …) − f(y₁, …)
+
+It has the semantics of P separate evaluations, whatever the operator does with its axes. Where torch has no batching
+rule for an operator it is evaluated P times.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from deepzero_core.perturb.changes import AnyChange, Change, OneHot, Replaced, perturbed
+from deepzero_core.perturb.rules.registry import Call, Result
+
+
+def _is_leaf(value: Any) -> bool:
+    return value is None or isinstance(value, (OneHot, Change, Replaced))
+
+
+def general(call: Call) -> Result:
+    """The change of any operator's result."""
+    bases, structure = tree_flatten((call.args, call.kwargs), is_leaf=lambda value: value is None)
+    changes, _ = tree_flatten((call.changes, dict.fromkeys(call.kwargs)), is_leaf=_is_leaf)
+    moving = [i for i, change in enumerate(changes) if change is not None]
+    batched = [perturbed(bases[i], changes[i]) for i in moving]
+
+    def evaluate(*operands: Tensor) -> Any:
+        leaves = list(bases)
+        for i, operand in zip(moving, operands, strict=True):
+            leaves[i] = operand
+        args, kwargs = tree_unflatten(leaves, structure)
+        return call.target(*args, **kwargs)
+
+    values = _evaluate_all(evaluate, batched, call.count)
+    if isinstance(call.output, Tensor):
+        return _difference(values, call.output)
+    return tuple(
+        _difference(value, base) if isinstance(base, Tensor) else None
+        for value, base in zip(values, call.output, strict=True)
+    )
+
+
+def _evaluate_all(evaluate: Callable[..., Any], batched: list[Tensor], count: int) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+            return torch.vmap(evaluate)(*batched)
+    except RuntimeError:
+        # vmap says in this way that it cannot batch an operator; a true failure of the operator comes again here.
+        results = [evaluate(*(operand[p] for operand in batched)) for p in range(count)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results)
+    return tuple(torch.stack(parts) if isinstance(parts[0], Tensor) else None for parts in zip(*results, strict=True))
+
+
+def _difference(value: Tensor, base: Tensor) -> AnyChange:
+    return Change(value - base) if base.is_floating_point() else Replaced(value)

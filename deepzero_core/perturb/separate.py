@@ -1,0 +1,52 @@
+"""One forward pass per perturbation: for modules that cannot be traced."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deepzero_core.perturb.evaluator import BasePass, Chunk
+from deepzero_core.perturb.objective import LossFn, RandomState, objective, preserved_random_state
+
+
+@dataclass(frozen=True)
+class _Batch:
+    buffers: dict[str, Tensor]
+    inputs: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class SeparateEvaluator:
+    """Runs the module itself, with the random numbers of the base pass."""
+
+    module: nn.Module
+    loss_fn: LossFn
+    untraced: str | None = None
+
+    def base(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
+    ) -> BasePass:
+        state = RandomState()
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        with torch.no_grad():
+            result = objective(self.module, parameters, before, inputs, targets, self.loss_fn)
+        cache = _Batch(before, inputs, targets)
+        return BasePass(result.loss, result.outputs, result.buffers, parameters, cache, state)
+
+    def coordinates(self, base: BasePass, chunk: Chunk, step: float) -> Tensor:
+        batch: _Batch = base.cache
+        losses = []
+        with torch.no_grad(), preserved_random_state():
+            for index in chunk.indices.tolist():
+                moved = dict(base.parameters)
+                moved[chunk.name] = moved[chunk.name].clone(memory_format=torch.contiguous_format)
+                moved[chunk.name].view(-1)[index] += step
+                base.random_state.restore()
+                result = objective(self.module, moved, batch.buffers, batch.inputs, batch.targets, self.loss_fn)
+                losses.append(result.loss - base.loss)
+        return torch.stack(losses)
+
+    def chunk_size(self, base: BasePass, name: str, memory: int) -> int:
+        return base.parameters[name].numel()
