@@ -3,7 +3,7 @@
 import functools
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepzero_core.errors import suggest
@@ -54,7 +54,7 @@ def _ordinary(value: Any) -> bool:
 def _asked(name: str, lr: float, arguments_json: str) -> tuple[tuple[str, str], ...]:
     import torch
 
-    optimizers = {
+    optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = {
         key: value
         for key, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
@@ -81,7 +81,9 @@ def _asked(name: str, lr: float, arguments_json: str) -> tuple[tuple[str, str], 
     return ()
 
 
-def _argument_problems(name: str, optimizer: type, arguments: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def _argument_problems(
+    name: str, optimizer: Callable[..., object], arguments: Mapping[str, Any]
+) -> tuple[tuple[str, str], ...]:
     accepted = [key for key in inspect.signature(optimizer).parameters if key not in ("params", "lr", "differentiable")]
     found = []
     for key in arguments:

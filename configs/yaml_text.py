@@ -6,7 +6,7 @@ refused: no experiment needs it, and aliases are how a small file grows without 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import yaml
@@ -36,17 +36,17 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own protocol)
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # so it is in PyYAML's stubs
         if isinstance(event, yaml.events.AliasEvent) or getattr(event, "anchor", None):
             raise YamlError(f"anchors and aliases are not supported{_at(event.start_mark)}")
         if getattr(event, "tag", None):
             raise YamlError(f"the tag {event.tag!r} is not supported{_at(event.start_mark)}")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Node, deep: bool = False) -> dict[str, Any]:
+    def construct_mapping(self, node: Node, deep: bool = False) -> dict[Hashable, Any]:
         if not isinstance(node, MappingNode):
             raise YamlError(f"a mapping of keys was expected{_at(node.start_mark)}")
-        result: dict[str, Any] = {}
+        result: dict[Hashable, Any] = {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
@@ -56,7 +56,7 @@ class _Loader(yaml.SafeLoader):
             result[key] = self.construct_object(value_node, deep=True)
         return result
 
-    def construct_plain_mapping(self, node: MappingNode) -> Iterator[dict[str, Any]]:
+    def construct_plain_mapping(self, node: MappingNode) -> Iterator[dict[Hashable, Any]]:
         yield self.construct_mapping(node, deep=True)
 
     def construct_core_int(self, node: ScalarNode) -> int:

@@ -52,10 +52,10 @@ def examine_requirements(root: Path = _ROOT) -> Requirements:
             seen.add(key)
             queue += [(name, below) for below in _required_by(requirement)]
     outcome.examined = len(versions)
-    for name, version in versions.items():
+    for package, version in versions.items():
         # A build tag (2.13.0+cpu) is another build of the same version.
-        if name in pins and version.partition("+")[0] != pins[name] and name not in outcome.broken:
-            outcome.untested[name] = (version, pins[name])
+        if package in pins and version.partition("+")[0] != pins[package] and package not in outcome.broken:
+            outcome.untested[package] = (version, pins[package])
     return outcome
 
 

@@ -278,7 +278,8 @@ def _map_split(folder: Path, manifest: Manifest, name: str) -> Split:
         labels = label_column.to_numpy(zero_copy_only=True)
     # Damaged metadata also surfaces as names that are not UTF-8 and as shapes that do not fit: ValueErrors.
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damage(folder, manifest, file, f"is not a readable Arrow file ({error})") from None
+        reason = " ".join(str(error).split())
+        raise _damage(folder, manifest, file, f"is not a readable Arrow file ({reason})") from None
     if not 0 <= labels.min() <= labels.max() < manifest.num_classes:
         raise _damage(folder, manifest, file, f"holds labels outside 0 to {manifest.num_classes - 1}")
     return Split(images, labels, (str(folder.resolve()), name, manifest.digest))

@@ -1,0 +1,115 @@
+"""Checkpoints that a killed process cannot damage and a damaged disk cannot pass off as good.
+
+A file is one line, `deepzero-checkpoint 1 SHA256`, and then what `torch.save` writes. It appears under its name only
+when it is complete (written beside, flushed to disk, renamed). Loading checks the sum first and unpickles nothing but
+tensors and plain values.
+"""
+
+import hashlib
+import io
+import os
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepzero_core.errors import RequestError
+
+_MAGIC = b"deepzero-checkpoint 1 "
+_NAME = re.compile(r"step-(\d{8})\.ckpt")
+
+
+class DamagedCheckpointError(RequestError):
+    """The file is not what was written; the message names it and says how it differs."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest good checkpoint, and why newer ones were passed over."""
+
+    state: dict[str, Any] | None
+    path: Path | None
+    damaged: tuple[str, ...] = field(default=())
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, plain values, containers of them) to `path`, atomically and durably."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state of one checkpoint.
+
+    Raises:
+        DamagedCheckpointError: cut short, altered, or never a checkpoint.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DamagedCheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    header, _, payload = data.partition(b"\n")
+    if not header.startswith(_MAGIC):
+        raise DamagedCheckpointError(f"{path} is not a deepzero checkpoint")
+    expected, actual = header[len(_MAGIC) :].decode("ascii", "replace"), hashlib.sha256(payload).hexdigest()
+    if expected != actual:
+        raise DamagedCheckpointError(
+            f"checkpoint {path} is damaged: its content has sha256 {actual[:12]}…, {expected[:12]}… was written"
+        )
+    state: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+    return state
+
+
+def save_step(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write the checkpoint of a step into `folder` and remove all but the newest `keep`."""
+    path = folder / f"step-{step:08d}.ckpt"
+    save(path, state)
+    for old in _steps(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    for abandoned in folder.glob("*.part"):
+        abandoned.unlink(missing_ok=True)
+    return path
+
+
+def load_newest(folder: Path) -> Found:
+    """The newest good checkpoint of `folder`; damaged ones are passed over and named."""
+    damaged: list[str] = []
+    for path in _steps(folder):
+        try:
+            return Found(load(path), path, tuple(damaged))
+        except DamagedCheckpointError as error:
+            damaged.append(str(error))
+    return Found(None, None, tuple(damaged))
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Checkpoints, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system lets a folder be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,268 @@
+"""Forward evaluation on Dask workers: what a worker holds, what a task does, and the coordinator's side of a step.
+
+    step        one small task holds θ for the step; every worker fetches it once, as a dependency of its ranges
+    range       a fixed list of chunks; its result is loss differences, nothing else
+    worker      keeps module, data and traced engine, built by a plugin that runs again on every replacement
+
+Ranges follow from the coordinates and the memory budget, never from the number of workers, and every worker computes on
+one thread: one worker, many workers, or a worker lost on the way give the same bits. What a lost worker held is computed
+again from the task graph, θ included.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from distributed import Client, Future, Worker, WorkerPlugin, get_worker
+from distributed import wait as wait_for
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepzero_core import GradientEstimate
+from deepzero_core.data import Augmentation, BatchSource, ImageStore
+from deepzero_core.errors import WorkError
+from deepzero_core.estimators.cge import queries, slope
+from deepzero_core.models import build_model
+from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
+from deepzero_core.perturb.coordinates import count, resolve, scatter
+from deepzero_core.perturb.evaluator import chunks
+from deepzero_core.perturb.objective import state_of
+from deepzero_core.training import Batch
+from deepzero_core.training.sources import Coordinates
+
+log = logging.getLogger(__name__)
+
+RANGES = 16
+"""Tasks per step: enough to balance a handful of workers, few enough that each takes far longer than its dispatch."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a worker needs to build module and data by itself: plain values and the folder of the data store."""
+
+    store: Path
+    batches: Mapping[str, Any]
+    """Keyword arguments of `BatchSource` without split, mean and std."""
+    model: Mapping[str, Any]
+    """Keyword arguments of `build_model`."""
+    mu: float
+    difference: str
+    memory: int
+
+    def build_batches(self) -> BatchSource:
+        store = ImageStore.open(self.store)
+        options = dict(self.batches)
+        augmentation = Augmentation(**options.pop("augmentation"))
+        return BatchSource(
+            store.split("train"),
+            mean=store.manifest.mean,
+            std=store.manifest.std,
+            augmentation=augmentation,
+            **options,
+        )
+
+    def build_module(self) -> nn.Module:
+        return build_model(**self.model)
+
+
+@dataclass(frozen=True)
+class StepState:
+    """θ of one step, with the batch it is evaluated on. Arrays, so that it travels without a copy."""
+
+    number: int
+    epoch: int
+    index: int
+    parameters: dict[str, np.ndarray]
+    buffers: dict[str, np.ndarray]
+    random_seed: int
+
+
+@dataclass(frozen=True)
+class Range:
+    """Chunks that one task evaluates: (parameter name, flat indices)."""
+
+    chunks: tuple[tuple[str, np.ndarray], ...]
+
+
+class ForwardWorker(WorkerPlugin):
+    """A worker's module, data and engine; set up again when Dask replaces the worker."""
+
+    def __init__(self, name: str, problem: Problem) -> None:
+        self.name = name
+        self._problem = problem
+        self._base: tuple[int, BasePass] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ForwardWorker, (self.name, self._problem)
+
+    def setup(self, worker: Worker) -> None:
+        torch.set_num_threads(1)
+        self._module = self._problem.build_module().train()
+        self._batches = self._problem.build_batches()
+        self._evaluator: Evaluator | None = None
+
+    def differences(self, state: StepState, work: Range) -> list[np.ndarray]:
+        """ĝ at the coordinates of every chunk of the range."""
+        base, problem = self._base_of(state), self._problem
+        assert self._evaluator is not None
+        return [
+            slope(
+                self._evaluator, base, Chunk(name, torch.from_numpy(indices.copy())), problem.mu, problem.difference
+            ).numpy()
+            for name, indices in work.chunks
+        ]
+
+    def _base_of(self, state: StepState) -> BasePass:
+        """The base pass of a step, kept until the next: every range of the step reads it."""
+        if self._base is None or self._base[0] != state.number:
+            inputs, targets = self._batches.batch(state.epoch, state.index)
+            if self._evaluator is None:
+                self._evaluator = prepare(self._module, inputs, targets, F.cross_entropy)
+            torch.manual_seed(state.random_seed)
+            base = self._evaluator.base(_tensors(state.parameters), _tensors(state.buffers), inputs, targets)
+            self._base = state.number, base
+        return self._base[1]
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
+
+
+def _hold(value: Any) -> Any:
+    """A task whose only purpose is that its result is cached on workers and rebuilt from the graph when lost."""
+    return value
+
+
+def _evaluate(plugin: str, state: StepState, ranges: Sequence[Range], number: int) -> list[np.ndarray]:
+    forward: ForwardWorker = get_worker().plugins[plugin]
+    return forward.differences(state, ranges[number])
+
+
+@dataclass
+class DistributedCGE:
+    """Coordinate-wise estimation over Dask workers; a `GradientSource`. Use as a context manager."""
+
+    client: Client
+    problem: Problem
+    timeout_s: float = 60.0
+    _name: str = field(default_factory=lambda: f"deepzero-forward-{uuid4().hex}")
+    _evaluator: Evaluator | None = None
+    _ranges: tuple[Coordinates | None, list[Range], Future] | None = None
+
+    def __enter__(self) -> "DistributedCGE":
+        self.client.register_plugin(ForwardWorker(self._name, self.problem))
+        self.client.subscribe_topic("all", self._report)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ranges = None
+        if self.client.status == "running":
+            self.client.unsubscribe_topic("all")
+            self.client.unregister_worker_plugin(self._name)
+
+    def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
+        return queries(count(resolve(module, coordinates)), self.problem.difference)
+
+    def estimate(self, module: nn.Module, batch: Batch, coordinates: Coordinates | None) -> GradientEstimate:
+        """As `deepzero_core.cge`.
+
+        Raises:
+            WorkError: no worker answered within the time-out.
+        """
+        parameters, buffers = state_of(module)
+        seed = torch.initial_seed()
+        state = StepState(batch.number, batch.epoch, batch.index, _arrays(parameters), _arrays(buffers), seed)
+        if self._evaluator is None:
+            self._evaluator = prepare(module, batch.inputs, batch.targets, F.cross_entropy)
+        base = self._evaluator.base(parameters, buffers, batch.inputs, batch.targets)
+        chosen = resolve(module, coordinates)
+        ranges, held_ranges = self._ranges_of(coordinates, chosen, base)
+        held = self.client.submit(_hold, state, key=self._key("theta", batch.number), pure=False)
+        futures = [
+            self.client.submit(
+                _evaluate, self._name, held, held_ranges, i, key=self._key("range", batch.number, i), pure=False
+            )
+            for i in range(len(ranges))
+        ]
+        slopes = self._collect(futures, ranges)
+        gradients = scatter(parameters, chosen, slopes)
+        spent = queries(count(chosen), self.problem.difference)
+        return GradientEstimate(gradients, spent, base.loss.item(), base.outputs, base.buffers)
+
+    def _ranges_of(
+        self, coordinates: Coordinates | None, chosen: Mapping[str, Tensor], base: BasePass
+    ) -> tuple[list[Range], Future]:
+        """Ranges of nearly equal cost, made once for a mask and held by the workers until the next."""
+        if self._ranges is None or self._ranges[0] is not coordinates:
+            assert self._evaluator is not None
+            parts = [
+                (chunk.name, chunk.indices.numpy())
+                for chunk in chunks(self._evaluator, base, chosen, self.problem.memory)
+            ]
+            costs = [
+                len(indices) / self._evaluator.chunk_size(base, name, self.problem.memory) for name, indices in parts
+            ]
+            ranges = [Range(tuple(parts[i] for i in group)) for group in balanced(costs, RANGES)]
+            held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
+            self._ranges = coordinates, ranges, held
+        return self._ranges[1], self._ranges[2]
+
+    def _collect(self, futures: Sequence[Future], ranges: Sequence[Range]) -> dict[str, Tensor]:
+        self._wait(futures)
+        found: dict[str, list[tuple[int, np.ndarray]]] = {}
+        for work, values in zip(ranges, self.client.gather(list(futures)), strict=True):
+            for (name, indices), value in zip(work.chunks, values, strict=True):
+                found.setdefault(name, []).append((int(indices[0]), value))
+        ordered = {name: sorted(parts, key=lambda part: part[0]) for name, parts in found.items()}
+        return {name: torch.from_numpy(np.concatenate([v for _, v in parts])) for name, parts in ordered.items()}
+
+    def _wait(self, futures: Sequence[Future]) -> None:
+        """Wait as long as ranges keep coming back; the time-out starts again with each of them."""
+        finished, heard = 0, time.monotonic()
+        while True:
+            try:
+                wait_for(futures, timeout=min(5.0, self.timeout_s))
+                return
+            except TimeoutError:
+                done = sum(future.done() for future in futures)
+                if done > finished:
+                    finished, heard = done, time.monotonic()
+                if time.monotonic() - heard > self.timeout_s:
+                    workers = len(self.client.scheduler_info(n_workers=-1)["workers"])
+                    raise WorkError(
+                        f"no answer from the {workers} Dask workers for {self.timeout_s:g} s "
+                        f"({finished} of {len(futures)} ranges of this step are done)"
+                    ) from None
+
+    def _report(self, event: tuple[float, Any]) -> None:
+        message = event[1]
+        if isinstance(message, dict) and message.get("action") == "remove-worker":
+            log.warning("Dask worker %s was lost: its coordinate ranges are evaluated again", message.get("worker"))
+        if isinstance(message, dict) and message.get("action") == "add-worker":
+            log.info("Dask worker %s joined", message.get("worker"))
+
+    def _key(self, *parts: object) -> str:
+        return "-".join([self._name, *(str(part) for part in parts)])
+
+
+def balanced(costs: Sequence[float], groups: int) -> list[list[int]]:
+    """Split positions into at most `groups` consecutive runs of nearly equal total cost."""
+    total, runs, spent = sum(costs), [], 0.0
+    current: list[int] = []
+    for position, cost in enumerate(costs):
+        current.append(position)
+        spent += cost
+        if spent >= total * (len(runs) + 1) / groups - 1e-12 * total:
+            runs.append(current)
+            current = []
+    return [*runs, current] if current else runs

@@ -1,0 +1,95 @@
+"""What the stages of a flow hand to each other: small, JSON-able, frozen. Everything large is a file that they name."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """Base of all records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Prepared(Record):
+    """A data store that is ready."""
+
+    store: Path
+    digest: str
+    name: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    counts: dict[str, int]
+
+
+class Pruned(Record):
+    """Scores and the layer-wise pruning ratios that they lead to."""
+
+    folder: Path
+    method: str
+    sparsity: float
+    ratios: dict[str, float]
+    """By maskable parameter: the share of it that is not estimated."""
+    sizes: dict[str, int]
+    """By trainable parameter: its number of coordinates."""
+    coordinates: int
+    """Coordinates estimated per step."""
+    queries: int
+    """Loss evaluations that the scores cost."""
+    seconds: float
+
+
+class Trained(Record):
+    """A training run that ended."""
+
+    method: str
+    folder: Path
+    history: Path
+    """JSON lines: one object per step or evaluation, see `tasks.train`."""
+    weights: Path
+    steps: int
+    queries: int
+    seconds: float
+
+
+class Evaluated(Record):
+    """A network's answers on the test split."""
+
+    accuracy: float
+    loss: float
+    confusion: tuple[tuple[int, ...], ...]
+    """Rows: true class, columns: predicted class."""
+
+
+class Certified(Record):
+    """Randomised smoothing of the trained network."""
+
+    table: Path
+    """Parquet: example, label, predicted (-1: abstained), radius, p_lower, samples, seconds."""
+    examples: int
+    accuracy_at: dict[float, float]
+    """Certified accuracy by radius."""
+    average_radius: float
+    abstained: int
+    sigma: float
+    alpha: float
+    samples: int
+    seconds: float
+
+
+class MethodResult(Record):
+    """One line of the closing table."""
+
+    method: str
+    sparsity: float | None
+    trained: Trained
+    evaluated: Evaluated
+
+
+class Reported(Record):
+    """Where the report lies."""
+
+    folder: Path
+    html: Path
+    markdown: Path
+    result: Path
