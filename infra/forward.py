@@ -4,9 +4,9 @@
     range       a fixed list of chunks; its result is loss differences, nothing else
     worker      keeps module, data and traced engine, built by a plugin that runs again on every replacement
 
-Ranges follow from the coordinates and the memory budget, never from the number of workers, and every worker computes on
-one thread: one worker, many workers, or a worker lost on the way give the same bits. What a lost worker held is computed
-again from the task graph, θ included.
+Ranges follow from the coordinates and the memory budget, never from the number of workers, and every worker computes
+on one thread: one worker, many workers, or a worker lost on the way give the same bits. What a lost worker held is
+computed again from the task graph, θ included.
 """
 
 import logging

@@ -47,6 +47,10 @@ class Trained(Record):
     history: Path
     """JSON lines: one object per step or evaluation, see `tasks.train`."""
     weights: Path
+    weights_digest: str
+    """sha256 of the weights' values: equal for equal networks, whoever trained them."""
+    sparse: bool
+    """Whether pruning decided what was trained."""
     steps: int
     queries: int
     seconds: float

@@ -112,6 +112,14 @@ def dense(change: OneHot | Change, shape: torch.Size) -> Tensor:
     return full.scatter_(1 + dim, rows.view(view).expand_as(change.delta), change.delta)
 
 
+def difference(value: Tensor, base: Tensor) -> Tensor:
+    """value − base in the base's type, and 0 where an infinity stays (the −∞ of a masked score)."""
+    delta = value - base
+    if not base.isfinite().all():
+        delta = torch.where(value == base, 0, delta)
+    return delta.to(base.dtype)
+
+
 def perturbed(base: Tensor, change: AnyChange) -> Tensor:
     """The perturbed values [P, *s]."""
     if isinstance(change, Replaced):

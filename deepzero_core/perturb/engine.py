@@ -67,7 +67,8 @@ class TracedEvaluator:
         """From the peak of one perturbation's own walk; measured once, in bytes, so that it is the same everywhere."""
         if name not in self._bytes:
             probe = Chunk(name, torch.zeros(1, dtype=torch.long, device=base.parameters[name].device))
-            self._bytes[name] = self._walk(base, probe, 1.0).peak_bytes
+            # A step of 0: any other could leave the domain of an operator (a Cholesky factor) and raise.
+            self._bytes[name] = self._walk(base, probe, 0.0).peak_bytes
         return max(1, min(_MAX_CHUNK, memory // max(1, self._bytes[name])))
 
     def _walk(self, base: BasePass, chunk: Chunk, step: float) -> _Walk:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.changes import Block, Change, OneHot, dense, one_hot_block, take
+from deepzero_core.perturb.changes import Block, Change, OneHot, dense, difference, one_hot_block, take
 from deepzero_core.perturb.rules.registry import Call, Result, Rule, find, rule
 
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ def _pointwise(call: Call) -> Result:
     operands = [base + aligned.deltas[i] if i in aligned.deltas else base for i, base in enumerate(aligned.bases)]
     width = aligned.shape[1 + aligned.block.dim] if aligned.block else 0
     base = take(call.output, aligned.block, width)
-    return Change((call.target(*operands, **call.kwargs) - base).expand(aligned.shape), aligned.block)
+    return Change(difference(call.target(*operands, **call.kwargs), base).expand(aligned.shape), aligned.block)
 
 
 def rule_for(target: Any) -> Rule | None:
@@ -131,7 +131,7 @@ def product_of_two(call: Call) -> Result:
     else:
         (a, b), da, db = aligned.bases, aligned.deltas[0], aligned.deltas[1]
         change = da * b + (a + da) * db
-    return Change(change.expand(aligned.shape), aligned.block)
+    return Change(change.to(call.output.dtype).expand(aligned.shape), aligned.block)
 
 
 @rule(aten.div.Tensor)
@@ -142,4 +142,5 @@ def quotient_of_two(call: Call) -> Result:
     aligned = _align(call)
     if aligned is None or not call.output.is_floating_point():
         return None
-    return Change((aligned.deltas[0] / aligned.bases[1]).expand(aligned.shape), aligned.block)
+    quotient = (aligned.deltas[0] / aligned.bases[1]).to(call.output.dtype)
+    return Change(quotient.expand(aligned.shape), aligned.block)

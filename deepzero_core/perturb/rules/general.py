@@ -14,18 +14,25 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from deepzero_core.perturb.changes import AnyChange, Change, OneHot, Replaced, perturbed
+from deepzero_core.perturb.changes import AnyChange, Change, Replaced, difference, perturbed
 from deepzero_core.perturb.rules.registry import Call, Result
 
 
-def _is_leaf(value: Any) -> bool:
-    return value is None or isinstance(value, (OneHot, Change, Replaced))
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _flat(argument: Any, moved: Any) -> list[AnyChange | None]:
+    """The changes of an argument, one for each of its leaves; a list that stays (a shape) has as many as numbers."""
+    if moved is None:
+        return [None] * len(tree_flatten(argument, is_leaf=_is_none)[0])
+    return moved if isinstance(moved, list) else [moved]
 
 
 def general(call: Call) -> Result:
     """The change of any operator's result."""
-    bases, structure = tree_flatten((call.args, call.kwargs), is_leaf=lambda value: value is None)
-    changes, _ = tree_flatten((call.changes, dict.fromkeys(call.kwargs)), is_leaf=_is_leaf)
+    bases, structure = tree_flatten((call.args, call.kwargs), is_leaf=_is_none)
+    changes = [change for arg, moved in zip(call.args, call.changes, strict=True) for change in _flat(arg, moved)]
     moving = [i for i, change in enumerate(changes) if change is not None]
     batched = [perturbed(bases[i], changes[i]) for i in moving]
 
@@ -59,4 +66,4 @@ def _evaluate_all(evaluate: Callable[..., Any], batched: list[Tensor], count: in
 
 
 def _difference(value: Tensor, base: Tensor) -> AnyChange:
-    return Change(value - base) if base.is_floating_point() else Replaced(value)
+    return Change(difference(value, base)) if base.is_floating_point() else Replaced(value)

@@ -36,8 +36,8 @@ def addmm(call: Call) -> Result:
     change = one_hot_block(bias, call.args[0].shape)
     assert change.block is not None
     rows, columns = call.output.shape
-    on_columns = call.args[0].shape[-1] == columns and change.block.dim == call.args[0].ndim - 1
-    if not on_columns:
+    on_columns = call.args[0].shape[-1:] == (columns,) and change.block.dim == call.args[0].ndim - 1
+    if not on_columns or call.args[0].numel() != columns:
         return None
     return Change(beta * change.delta.reshape(-1, 1, 1).expand(-1, rows, 1), Block(1, change.block.start))
 

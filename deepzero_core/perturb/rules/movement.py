@@ -113,8 +113,9 @@ def _reshaped_block(old: torch.Size, new: torch.Size, dim: int) -> tuple[int, in
 @rule(*_SELECTIONS)
 def selections(call: Call) -> Result:
     change = call.change(0)
+    overlapping = call.target is aten.unfold.default and call.args[2] > call.args[3]
     if isinstance(change, OneHot):
-        return _follow(call, change)
+        return _everywhere(call, change) if overlapping else _follow(call, change)
     if change is None or isinstance(change, Replaced) or change.block is None:
         return _everywhere(call, change) if change is not None else None
     return _keep_block(call, change, change.block) or _everywhere(call, change)

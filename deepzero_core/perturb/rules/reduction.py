@@ -122,6 +122,8 @@ def copy(call: Call) -> Result:
 def concatenation(call: Call) -> Result:
     """Δ = concatenation of the differences; one changed operand that is a block along the axis only shifts."""
     tensors, changes = call.args[0], call.changes[0]
+    if any(tensor.ndim != call.output.ndim or tensor.dtype != call.output.dtype for tensor in tensors):
+        return None
     axis = call.argument(1, 0) % call.output.ndim
     moving = [i for i, change in enumerate(changes) if change is not None]
     if len(moving) == 1 and isinstance(changes[moving[0]], Change):

@@ -1,0 +1,23 @@
+"""The whole way: prepare → prune → train → evaluate → certify → report."""
+
+from prefect import flow
+
+from configs.schema import Experiment
+from flows.classify import compare
+from flows.experiment import recorded
+from tasks.certify import certify
+from tasks.prepare import prepare
+from tasks.prune import prune
+from tasks.records import Reported
+from tasks.report import report
+
+
+@flow(name="pipeline", flow_run_name="{experiment.name}-seed-{experiment.seed}")
+def pipeline(experiment: Experiment) -> Reported:
+    """Train as `classify` does, then certify the trained network by plain randomised smoothing."""
+    with recorded("pipeline", experiment) as (tracking, run):
+        prepared = prepare(tracking, experiment.data)
+        pruned = prune(tracking, experiment, prepared)
+        results = compare(tracking, experiment, prepared, pruned)
+        certified = certify(tracking, experiment, prepared, results[0].trained)
+        return report(tracking, experiment, prepared, pruned, results, certified)

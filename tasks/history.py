@@ -1,0 +1,49 @@
+"""The record of a training run, one JSON object per line, written as it happens.
+
+{"kind": "step", "step", "epoch", "loss", "accuracy", "learning_rate", "queries", "queries_per_second",
+ "forward_flops", "seconds", "peak_memory_bytes"}           loss and accuracy on the batch; the rest cumulative
+{"kind": "evaluation", "step", "epoch", "queries", "seconds", "test_accuracy", "test_loss"}
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+class History:
+    """Appends lines; what a killed run wrote beyond its last checkpoint is cut off on opening."""
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        kept = [line for line in read(path) if line["step"] <= last_step] if path.exists() else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.kept = kept
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Make everything so far durable."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a history; a last line that was cut short by a kill is left out."""
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            return
+        yield line

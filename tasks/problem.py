@@ -1,0 +1,49 @@
+"""From configuration to the core's objects: the one place where the two vocabularies meet."""
+
+from configs.schema import Experiment
+from deepzero_core.data import BatchSource, ImageStore
+from infra.forward import Problem
+from tasks.records import Prepared
+
+MIB = 1 << 20
+
+
+def problem_of(experiment: Experiment, prepared: Prepared) -> Problem:
+    """Module, training batches and finite differences of an experiment, as workers build them too."""
+    data, model = experiment.data, experiment.model
+    channels, height, width = prepared.image_shape
+    return Problem(
+        store=prepared.store,
+        batches={
+            "batch_size": data.batch_size,
+            "seed": experiment.seed,
+            "augmentation": {"crop_padding": data.crop_padding, "flip": data.flip},
+            "limit": data.train_limit,
+        },
+        model={
+            "name": model.name,
+            "in_channels": channels,
+            "num_classes": len(prepared.class_names),
+            "image_size": (height, width),
+            "depth": model.depth,
+            "width": model.width,
+            "arguments": model.arguments,
+            "seed": experiment.seed,
+        },
+        mu=experiment.estimator.mu,
+        difference=experiment.estimator.difference,
+        memory=experiment.estimator.memory_mib * MIB,
+    )
+
+
+def test_batches(experiment: Experiment, prepared: Prepared) -> BatchSource:
+    """The test split, in order and without augmentation."""
+    store = ImageStore.open(prepared.store)
+    return BatchSource(
+        store.split("test"),
+        batch_size=1,
+        seed=experiment.seed,
+        mean=store.manifest.mean,
+        std=store.manifest.std,
+        limit=experiment.data.test_limit,
+    )

@@ -1,0 +1,150 @@
+"""What every stage has in common: a folder named by what it depends on, done once, skipped when nothing changed.
+
+The key of a stage is a digest of its inputs (the part of the configuration it reads, the digest of its data, the
+records of earlier stages) and of the code. Its folder holds what it makes; `record.json` appears last, atomically, and
+marks it complete. Two equal stages started at once wait for each other and do the work once. A stage that was killed
+finds its folder again and goes on from what is there.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+from prefect.states import Completed, State
+from pydantic import BaseModel, ValidationError
+
+import deepzero_core
+import infra
+import tasks
+from infra.home import home
+from tasks.records import Record
+from tasks.tracking import Run
+
+R = TypeVar("R", bound=Record)
+
+
+class Tracking(Record):
+    """Where a flow run's stages log: the MLflow experiment and the parent run."""
+
+    experiment_id: str
+    run_id: str
+
+
+class Completion(Record):
+    """The content of `record.json`: the stage's record and the MLflow run that made it."""
+
+    record: dict[str, Any]
+    metrics: dict[str, float]
+    run_id: str
+
+
+@dataclass
+class Stage:
+    """One stage at work: its folder, its MLflow run, and the metrics that sum it up."""
+
+    title: str
+    folder: Path
+    run: Run
+    metrics: dict[str, float]
+
+    def summarise(self, **metrics: float) -> None:
+        """Metrics that say how the stage ended: logged, and logged again by runs that skip it."""
+        self.metrics.update(metrics)
+        self.run.metrics(metrics, step=0)
+
+
+def perform(
+    tracking: Tracking, name: str, kind: type[R], inputs: dict[str, Any], work: Callable[[Stage], R], label: str = ""
+) -> State[R] | R:
+    """Do the work of a stage, or find it done.
+
+    Returns the record; as Prefect's state "Cached" when nothing that the stage depends on has changed.
+    """
+    folder = home() / "stages" / name / key(name, inputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    parent = Run.resume(tracking.run_id)
+    title = f"{name} {label}".strip()
+    with filelock.FileLock(folder / "lock"):
+        done = _completed(folder, kind)
+        tags = {"deepzero.stage": name, "deepzero.stage_key": folder.name}
+        if done is not None:
+            completion, record = done
+            tags["deepzero.cached_from"] = completion.run_id
+            with Run.start(tracking.experiment_id, title, parent=parent, tags=tags) as run:
+                run.metrics(completion.metrics, step=0)
+            return Completed(name="Cached", message="nothing it depends on has changed", data=record)
+        with Run.start(tracking.experiment_id, title, parent=parent, tags=tags) as run:
+            stage = Stage(title, folder, run, {})
+            record = work(stage)
+            completion = Completion(record=record.model_dump(mode="json"), metrics=stage.metrics, run_id=run.run_id)
+            write_atomically(folder / "record.json", completion.model_dump_json(indent=2))
+        return record
+
+
+def key(name: str, inputs: dict[str, Any]) -> str:
+    """Digest of a stage's name, inputs and code: 24 hexadecimal digits."""
+    text = json.dumps({"stage": name, "inputs": _plain(inputs), "code": code_digest()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@functools.cache
+def code_digest() -> str:
+    """Digest of the sources that results depend on: core, infra and tasks."""
+    digest = hashlib.sha256()
+    for package in (deepzero_core, infra, tasks):
+        root = Path(package.__file__ or "").parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{root.name}/{path.relative_to(root)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file appears under its name with all of its content, or not at all."""
+    with _beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder that takes the place of `path` when the block succeeds."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _completed(folder: Path, kind: type[R]) -> tuple[Completion, R] | None:
+    """What an earlier run left, unless it is incomplete, unreadable or names files that are gone."""
+    try:
+        completion = Completion.model_validate_json((folder / "record.json").read_text(encoding="utf-8"))
+        record = kind.model_validate(completion.record)
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return None
+    named = [value for value in dict(record).values() if isinstance(value, Path)]
+    return (completion, record) if all(path.exists() for path in named) else None
+
+
+def _plain(value: Any) -> Any:
+    """Inputs as JSON: models by their fields, records without the places their files happen to lie in."""
+    if isinstance(value, BaseModel):
+        return {name: _plain(item) for name, item in value if not isinstance(item, Path)}
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -1,0 +1,175 @@
+"""The MLflow store: where it is, how it is opened by many processes, and what killed ones leave behind in it."""
+
+import logging
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+from filelock import FileLock, Timeout
+from mlflow import MlflowClient
+from mlflow.entities import ViewType
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from deepzero_core.errors import DeepZeroError, RequestError, WorkError
+from infra.home import home, mlflow_artifacts, mlflow_database
+from tasks.environment import host
+
+VARIABLE = "MLFLOW_TRACKING_URI"
+UI = "http://127.0.0.1:5000"
+PID, STARTED, HOST, REASON = "deepzero.pid", "deepzero.process_started", "deepzero.host", "deepzero.reason"
+STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+
+_LOCK_SECONDS = 120.0
+# Between the starting times of one process read at two moments (they are derived from the time since boot).
+_CLOCK_TOLERANCE_S = 2.0
+_REMOTE = ("http://", "https://")
+
+
+def tracking_uri() -> str:
+    """Where runs are kept."""
+    return os.environ.get(VARIABLE) or f"sqlite:///{mlflow_database(home()).as_posix()}"
+
+
+def initialise(name: str) -> str:
+    """Make the store ready, end what killed processes left running, and return the id of experiment `name`.
+
+    To be called once, by the process that starts the others: processes that meet a fresh SQLite store at the same time
+    die in its migrations. A lock file makes several such calls harmless.
+
+    Raises:
+        RequestError: the store that the user named does not open.
+        WorkError: deepzero's own store does not open, or another process keeps it locked.
+    """
+    for chatty in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    uri, base = tracking_uri(), home()
+    try:
+        _probe(uri)
+        base.mkdir(parents=True, exist_ok=True)
+        if VARIABLE not in os.environ:
+            mlflow_database(base).parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(base / "mlflow.lock", timeout=_LOCK_SECONDS):
+            client = MlflowClient(tracking_uri=uri)
+            experiment = _experiment(client, name)
+            _reap(client)
+    except Timeout:
+        raise WorkError(f"another process has kept {base / 'mlflow.lock'} locked for {_LOCK_SECONDS:.0f} s") from None
+    except STORE_ERRORS as error:
+        kind = RequestError if os.environ.get(VARIABLE) else WorkError
+        where = f"{VARIABLE}={_without_password(uri)}" if kind is RequestError else f"the MLflow store {uri}"
+        raise kind(f"{where} does not open: {one_line(error)}; `deepzero doctor` tells more") from error
+    return experiment
+
+
+def ui_command() -> str | None:
+    """The command line that shows the runs in a browser; None where $MLFLOW_TRACKING_URI is a server that does."""
+    uri = tracking_uri()
+    if uri.startswith(_REMOTE):
+        return None
+    address = urlsplit(UI)
+    options = {
+        "--backend-store-uri": uri,
+        "--artifacts-destination": mlflow_artifacts(home()).as_uri(),
+        "--host": str(address.hostname),
+        "--port": str(address.port),
+        "--workers": "1",
+    }
+    return shlex.join([sys.executable, "-m", "mlflow", "server", *(part for pair in options.items() for part in pair)])
+
+
+def run_url(experiment_id: str, run_id: str) -> str:
+    """The run's page, once `ui_command` runs."""
+    uri = tracking_uri()
+    server = uri.rstrip("/") if uri.startswith(_REMOTE) else UI
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def one_line(error: BaseException) -> str:
+    """The error as the one line that fits into a tag or a message."""
+    text = " ".join(str(error).split())
+    if isinstance(error, DeepZeroError) and text:
+        return text[:500]
+    return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
+
+
+@contextmanager
+def recording(what: str) -> Iterator[None]:
+    """Turn the errors of the store into WorkErrors that say what was lost."""
+    try:
+        yield
+    except STORE_ERRORS as error:
+        raise WorkError(f"MLflow did not take {what}: {one_line(error)}") from error
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+    # A server has a place of its own; a database without one would put artifacts into the working directory.
+    remote = tracking_uri().startswith(_REMOTE)
+    return str(client.create_experiment(name, artifact_location=None if remote else mlflow_artifacts(home()).as_uri()))
+
+
+def _reap(client: MlflowClient) -> None:
+    """End, as KILLED, the runs of this machine whose process is gone."""
+    experiments = [experiment.experiment_id for experiment in _pages(client.search_experiments)]
+    mine = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{host()}'"
+    search = {"experiment_ids": experiments, "filter_string": mine, "run_view_type": ViewType.ACTIVE_ONLY}
+    # All of them first: ending one changes what the next page would be.
+    for run in list(_pages(client.search_runs, **search)):
+        pid, started = run.data.tags.get(PID, ""), run.data.tags.get(STARTED, "")
+        if not _alive(pid, started):
+            client.set_tag(run.info.run_id, REASON, f"process {pid} was gone without having ended this run")
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _pages(search: Any, **arguments: Any) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(**arguments, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def owner() -> dict[str, str]:
+    """Tags that say which process a run belongs to."""
+    process = psutil.Process()
+    return {PID: str(process.pid), STARTED: f"{process.create_time():.2f}", HOST: host()}
+
+
+def _alive(pid: str, started: str) -> bool:
+    """Whether that very process runs: its number may have been given to another one since."""
+    try:
+        process = psutil.Process(int(pid))
+        return (
+            abs(process.create_time() - float(started)) < _CLOCK_TOLERANCE_S
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
+    except psutil.AccessDenied:
+        return True
+    except (psutil.NoSuchProcess, ValueError, OverflowError):
+        return False
+
+
+def _probe(uri: str) -> None:
+    """OSError at once where no server listens; MLflow itself would try again for minutes."""
+    address = urlsplit(uri)
+    if address.scheme in ("http", "https") and address.hostname:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname, port), timeout=10).close()
+
+
+def _without_password(uri: str) -> str:
+    address = urlsplit(uri)
+    return uri.replace(f":{address.password}@", ":…@") if address.password else uri
