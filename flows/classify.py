@@ -7,20 +7,21 @@ from flows.experiment import recorded
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
 from tasks.prune import prune
-from tasks.records import MethodResult, Prepared, Pruned, Reported
-from tasks.report import report
+from tasks.publish import report
+from tasks.records import MethodResult, Outcome, Prepared, Pruned
 from tasks.stage import Tracking
 from tasks.train import train
 
 
 @flow(name="classify", flow_run_name="{experiment.name}-seed-{experiment.seed}")
-def classify(experiment: Experiment) -> Reported:
+def classify(experiment: Experiment) -> Outcome:
     """Prepare the data, prune, train with the configured method and every baseline, evaluate, report."""
-    with recorded("classify", experiment) as (tracking, run):
+    with recorded("classify", experiment) as tracking:
         prepared = prepare(tracking, experiment.data)
         pruned = prune(tracking, experiment, prepared)
         results = compare(tracking, experiment, prepared, pruned)
-        return report(tracking, experiment, prepared, pruned, results)
+        reported = report(tracking, experiment, prepared, pruned, results)
+        return Outcome(reported=reported, results=tuple(results))
 
 
 def compare(tracking: Tracking, experiment: Experiment, prepared: Prepared, pruned: Pruned) -> list[MethodResult]:

@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prefect.context import get_run_context
+
 import configs
 from configs.schema import Experiment
-from prefect.context import get_run_context
 from tasks.environment import environment
 from tasks.stage import Tracking
 from tasks.tracking import Run, initialise
 
 
 @contextmanager
-def recorded(flow_name: str, experiment: Experiment) -> Iterator[tuple[Tracking, Run]]:
+def recorded(flow_name: str, experiment: Experiment) -> Iterator[Tracking]:
     """Open the flow run's parent run; it ends FINISHED, FAILED or KILLED with the flow."""
     experiment_id = initialise(experiment.name)
     flow_run = get_run_context().flow_run
@@ -20,4 +21,4 @@ def recorded(flow_name: str, experiment: Experiment) -> Iterator[tuple[Tracking,
     name = f"{flow_name} {flow_run.name}"
     with Run.start(experiment_id, name, tags=tags, params=experiment.model_dump(mode="json")) as run:
         run.text(configs.dump(experiment), "config/experiment.yaml")
-        yield Tracking(experiment_id=experiment_id, run_id=run.run_id), run
+        yield Tracking(experiment_id=experiment_id, run_id=run.run_id)

@@ -8,16 +8,17 @@ from flows.experiment import recorded
 from tasks.certify import certify
 from tasks.prepare import prepare
 from tasks.prune import prune
-from tasks.records import Reported
-from tasks.report import report
+from tasks.publish import report
+from tasks.records import Outcome
 
 
 @flow(name="pipeline", flow_run_name="{experiment.name}-seed-{experiment.seed}")
-def pipeline(experiment: Experiment) -> Reported:
+def pipeline(experiment: Experiment) -> Outcome:
     """Train as `classify` does, then certify the trained network by plain randomised smoothing."""
-    with recorded("pipeline", experiment) as (tracking, run):
+    with recorded("pipeline", experiment) as tracking:
         prepared = prepare(tracking, experiment.data)
         pruned = prune(tracking, experiment, prepared)
         results = compare(tracking, experiment, prepared, pruned)
         certified = certify(tracking, experiment, prepared, results[0].trained)
-        return report(tracking, experiment, prepared, pruned, results, certified)
+        reported = report(tracking, experiment, prepared, pruned, results, certified)
+        return Outcome(reported=reported, results=tuple(results))

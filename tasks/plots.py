@@ -28,7 +28,8 @@ DPI = 150
 
 _BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 _PURPLE, _SKY, _BLACK, _GREY = "#CC79A7", "#56B4E9", "#000000", "#8A8F98"
-_COLOURS = (_BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY, _BLACK)
+# Black third: the baseline of exact sparse gradients lies on the blue line, and has to be seen there.
+_COLOURS = (_BLUE, _ORANGE, _BLACK, _RED, _GREEN, _PURPLE, _SKY)
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1)), "-", (0, (5, 1.5)))
 _MARKERS = "osD^vPX"
 
@@ -74,8 +75,8 @@ def method_name(result: MethodResult) -> str:
 
 
 def percent(share: float) -> str:
-    """0.9 → 90 %, 0.995 → 99.5 %."""
-    return f"{100 * share:.4g} %"
+    """0.9 → 90%, 0.995 → 99.5%."""
+    return f"{100 * share:.4g}%"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def smooth(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 def learning_curves(results: Sequence[MethodResult], path: Path) -> None:
     """Training loss, smoothed over the raw one, and test accuracy, against steps: one line per method."""
     with _figure(path, (9.6, 4.2)) as figure:
-        left, right = figure.subplots(1, 2)
+        left, right = figure.subplots(1, 2, sharex=True)
         positive = True
         for index, result in enumerate(results):
             history, line = read_history(result.trained.history), _line(index)
@@ -137,8 +138,8 @@ def learning_curves(results: Sequence[MethodResult], path: Path) -> None:
         else:
             left.set_ylim(bottom=0)
         right.set(title="Test accuracy", xlabel="step", ylabel="test accuracy")
-        for axes in (left, right):
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        left.set_xlim(left=0)
+        left.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         _percent(right)
         _legend_below(figure, left, columns=2 if len(results) > 3 else max(1, len(results)))
 
@@ -186,7 +187,7 @@ def confusion_matrix(evaluated: Evaluated, class_names: Sequence[str], path: Pat
     with _figure(path, (side + 1.0, side)) as figure:
         axes = figure.subplots()
         # The square root of a share, so that rare mistakes are seen beside a diagonal near one.
-        image = axes.imshow(shares, cmap="cividis_r", norm=PowerNorm(0.5, vmin=0, vmax=1))
+        image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
         axes.grid(visible=False)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -196,12 +197,12 @@ def confusion_matrix(evaluated: Evaluated, class_names: Sequence[str], path: Pat
             axes.set_yticks(range(classes), names)
             axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
             axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
-            axes.grid(which="minor", color="white", linewidth=1.2)
+            axes.grid(which="minor", color="#E3E6EA", linewidth=0.8)
         axes.tick_params(which="both", length=0)
         if classes <= 20:
             for (row, column), count in np.ndenumerate(counts):
                 if count:
-                    dark = shares[row, column] > 0.25
+                    dark = shares[row, column] > 0.3
                     axes.text(
                         column, row, f"{count:,}", ha="center", va="center", fontsize=8.5 if classes <= 12 else 6.5,
                         color="white" if dark else "#222222",
@@ -296,19 +297,20 @@ def loss_overlay(estimated: MethodResult, exact: MethodResult, path: Path) -> No
         largest = float(np.abs(difference).max()) if len(difference) else 0.0
         typical = float(np.sqrt(np.mean(difference**2))) if len(difference) else 0.0
         below.set_ylim(-1.15 * largest or -1, 1.15 * largest or 1)
-        below.set_title(f"Difference: {typical:.2g} root mean square, at most {largest:.2g}", fontsize=9.5)
-        below.set(xlabel="step", ylabel="nats")
+        names = (METHOD_NAMES.get(result.method, result.method) for result in (estimated, exact))
+        below.set_title(f"{' − '.join(names)}: root mean square {typical:.2g}, largest {largest:.2g}", fontsize=9.5)
+        below.set(xlabel="step", ylabel="difference (nats)")
         below.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         _legend_below(figure, above, columns=2)
 
 
 def _line(index: int) -> dict[str, Any]:
-    # The main method on top of its baselines and a little stronger.
+    # The main method is the broad line on which a baseline that coincides with it can still be seen.
     return {
         "color": _COLOURS[index % len(_COLOURS)],
         "linestyle": _DASHES[index % len(_DASHES)],
-        "linewidth": 2.2 if index == 0 else 1.6,
-        "zorder": 4 if index == 0 else 3,
+        "linewidth": 3.2 if index == 0 else 1.6,
+        "zorder": 3 if index == 0 else 4,
     }
 
 

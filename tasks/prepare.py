@@ -3,7 +3,6 @@
 from prefect import task
 
 from configs.schema import DataConfig
-from deepzero_core.data import ImageStore
 from deepzero_core.data import prepare as prepare_store
 from infra.home import home
 from tasks.records import Prepared
@@ -20,14 +19,7 @@ def prepare(tracking: Tracking, data: DataConfig) -> Prepared:
     """
     with Run.start(tracking.experiment_id, "prepare", parent=Run.resume(tracking.run_id)) as run:
         path = prepare_store(data.name, home=home(), source=data.source, image_size=data.image_size).path
-        manifest = ImageStore.open(path).manifest
-        run.metrics({f"data/{split}_examples": count for split, count in manifest.counts.items()}, step=0)
-        run.text(manifest.to_json(), "data/manifest.json")
-    return Prepared(
-        store=path,
-        digest=manifest.digest,
-        name=manifest.name,
-        class_names=manifest.class_names,
-        image_shape=manifest.image_shape,
-        counts=dict(manifest.counts),
-    )
+        prepared = Prepared.of_store(path)
+        run.metrics({f"data/{split}_examples": count for split, count in prepared.counts.items()}, step=0)
+        run.artifact(path / "manifest.json", "data")
+    return prepared

@@ -1,8 +1,11 @@
 """What the stages of a flow hand to each other: small, JSON-able, frozen. Everything large is a file that they name."""
 
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
+
+from deepzero_core.data import ImageStore
 
 
 class Record(BaseModel):
@@ -20,6 +23,19 @@ class Prepared(Record):
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     counts: dict[str, int]
+
+    @classmethod
+    def of_store(cls, store: Path) -> Self:
+        """The record of a store that is there."""
+        manifest = ImageStore.open(store).manifest
+        return cls(
+            store=store,
+            digest=manifest.digest,
+            name=manifest.name,
+            class_names=manifest.class_names,
+            image_shape=manifest.image_shape,
+            counts=dict(manifest.counts),
+        )
 
 
 class Pruned(Record):
@@ -97,3 +113,10 @@ class Reported(Record):
     html: Path
     markdown: Path
     result: Path
+
+
+class Outcome(Record):
+    """What a flow run ends with; the first result is the experiment's own method."""
+
+    reported: Reported
+    results: tuple[MethodResult, ...]

@@ -29,6 +29,11 @@ STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 _LOCK_SECONDS = 120.0
 # Between the starting times of one process read at two moments (they are derived from the time since boot).
 _CLOCK_TOLERANCE_S = 2.0
+# Without the first, the pages of MLflow open as those of a language-model application.
+_EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": "Networks trained by deepzero. Each flow is a run; its stages are the runs below it.",
+}
 _REMOTE = ("http://", "https://")
 
 
@@ -115,8 +120,8 @@ def _experiment(client: MlflowClient, name: str) -> str:
             client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
     # A server has a place of its own; a database without one would put artifacts into the working directory.
-    remote = tracking_uri().startswith(_REMOTE)
-    return str(client.create_experiment(name, artifact_location=None if remote else mlflow_artifacts(home()).as_uri()))
+    place = None if tracking_uri().startswith(_REMOTE) else mlflow_artifacts(home()).as_uri()
+    return str(client.create_experiment(name, artifact_location=place, tags=_EXPERIMENT_TAGS))
 
 
 def _reap(client: MlflowClient) -> None:

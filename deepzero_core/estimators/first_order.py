@@ -14,9 +14,10 @@ def first_order(module: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: Los
     leaves = {name: value.clone().requires_grad_(name in trainable) for name, value in parameters.items()}
     with torch.enable_grad():
         result = objective(module, leaves, buffers, inputs, targets, loss_fn)
-        found = torch.autograd.grad(result.loss, [leaves[name] for name in trainable], allow_unused=True)
+        wanted = trainable if result.loss.requires_grad else []
+        found = torch.autograd.grad(result.loss, [leaves[name] for name in wanted], allow_unused=True) if wanted else ()
     gradients = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    for name, gradient in zip(trainable, found, strict=True):
+    for name, gradient in zip(wanted, found, strict=True):
         if gradient is not None:
             gradients[name] = gradient
     outputs = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, result.outputs)

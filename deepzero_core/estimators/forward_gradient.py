@@ -40,7 +40,7 @@ def forward_gradient(
 
     gradients = {name: torch.zeros_like(value) for name, value in parameters.items()}
     primal = {name: parameters[name] for name in trainable}
-    for _ in range(queries):
+    for _ in range(queries if trainable else 0):
         direction = {name: gaussian(parameters[name], generator) for name in trainable}
         with preserved_random_state():
             random_state.restore()

@@ -35,7 +35,7 @@ def _flat(name: str, chosen: Tensor, parameter: Tensor) -> Tensor:
                 f"the mask of {name!r} has shape {tuple(chosen.shape)}, its parameter {tuple(parameter.shape)}"
             )
         return chosen.flatten().nonzero().squeeze(1).to(parameter.device)
-    if chosen.is_floating_point() or chosen.ndim != 1:
+    if chosen.dtype not in (torch.int64, torch.int32) or chosen.ndim != 1:
         raise RequestError(
             f"the coordinates of {name!r} must be a boolean mask of shape {tuple(parameter.shape)} or a "
             f"one-dimensional tensor of flat indices, not {chosen.dtype} of shape {tuple(chosen.shape)}"

@@ -19,6 +19,7 @@ from deepzero_core.perturb.evaluator import BasePass, Chunk
 from deepzero_core.perturb.objective import RandomState
 from deepzero_core.perturb.rules import Call, general
 from deepzero_core.perturb.rules.elementwise import rule_for
+from deepzero_core.perturb.rules.general import operand_bytes
 from deepzero_core.perturb.trace import Trace
 
 _MAX_CHUNK = 4096
@@ -80,8 +81,8 @@ class TracedEvaluator:
         peak = 0
         with torch.no_grad():
             for node in nodes:
-                live[node] = _change_of(node, base.cache, live, count, trace.results_read(node))
-                peak = max(peak, sum(_bytes(change) for change in live.values()))
+                live[node], passing = _change_of(node, base.cache, live, count, trace.results_read(node))
+                peak = max(peak, passing + sum(_bytes(change) for change in live.values()))
                 for used in last_use.get(node, ()):
                     live.pop(used, None)
         change = live.get(trace.loss)
@@ -90,19 +91,24 @@ class TracedEvaluator:
         return _Walk(dense(change, base.loss.shape), peak)
 
 
-def _change_of(node: Node, values: dict[Node, Any], live: dict[Node, Any], count: int, read: frozenset[int]) -> Any:
-    """The change of one node's value, from those of its operands; None where nothing moves."""
+def _change_of(
+    node: Node, values: dict[Node, Any], live: dict[Node, Any], count: int, read: frozenset[int]
+) -> tuple[Any, int]:
+    """The change of one node's value, from those of its operands, and the bytes held only meanwhile.
+
+    The change is None where nothing moves.
+    """
     changes = tuple(_operand_changes(argument, live) for argument in node.args)
     if node.target is operator.getitem:
         parts, index = changes[0], cast(int, node.args[1])
-        return parts[index] if isinstance(parts, (tuple, list)) else None
+        return (parts[index] if isinstance(parts, (tuple, list)) else None), 0
     if all(change is None or (isinstance(change, list) and not any(change)) for change in changes):
-        return None
+        return None, 0
     args, kwargs = _bases(node.args, values), _bases(node.kwargs, values)
     call = Call(node.target, args, kwargs, changes, values[node], count, read)
     rule = rule_for(node.target)
     change = rule(call) if rule is not None else None
-    return general(call) if change is None else change
+    return (general(call), operand_bytes(call)) if change is None else (change, 0)
 
 
 def _bases(arguments: Any, values: dict[Node, Any]) -> Any:

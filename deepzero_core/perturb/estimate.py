@@ -1,5 +1,6 @@
 """What every gradient estimator returns."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +36,8 @@ def check_arguments(mu: float, difference: str, precision: str = "float32") -> N
     Raises:
         RequestError: says which and what would be right.
     """
-    if not mu > 0:
-        raise RequestError(f"the smoothing parameter mu must be positive, not {mu}")
+    if not 0 < mu < math.inf:
+        raise RequestError(f"the smoothing parameter mu must be positive and finite, not {mu}")
     if difference not in DIFFERENCES:
         raise RequestError(f"unknown difference {difference!r}: {suggest(difference, DIFFERENCES)}")
     if precision not in PRECISIONS:

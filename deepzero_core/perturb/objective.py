@@ -34,11 +34,13 @@ def objective(
 ) -> Evaluation:
     """Evaluate l(θ) = mean over the batch of loss_fn(module(inputs; θ), targets).
 
-    Buffers are cloned first, so that BatchNorm's running statistics are returned instead of overwritten.
+    Buffers are cloned first, so that BatchNorm's running statistics are returned instead of overwritten. So are the
+    parameters and inputs: a module that clips its weights or shifts its inputs in place must not move the next query.
     `loss_fn` may return the mean as a scalar or one loss per example, [B].
     """
     fresh = {name: buffer.clone() for name, buffer in buffers.items()}
-    outputs = functional_call(module, (dict(parameters), fresh), (inputs,))
+    own = {name: parameter.clone() for name, parameter in parameters.items()}
+    outputs = functional_call(module, (own, fresh), (inputs.clone(),))
     loss = loss_fn(outputs, targets)
     return Evaluation(loss.mean() if loss.ndim else loss, outputs, fresh)
 

@@ -79,7 +79,7 @@ def trace(
 
     structures: list[TreeSpec] = []
     arguments = (list(parameters.values()), list(buffers.values()), inputs, targets)
-    with torch.no_grad(), preserved_random_state(), _plain_operators():
+    with torch.no_grad(), preserved_random_state(), _plain_operators(), _kept_attributes(module):
         try:
             # Traced twice: composite operators hide in-place writes (circular padding, `z[1:] += y`) from the first
             # pass, and only a graph of plain operators can be functionalised completely.
@@ -92,6 +92,18 @@ def trace(
             reason = str(error).strip() or type(error).__name__
             raise UntraceableError(reason.splitlines()[0]) from error
     return _describe(graph, tuple(parameters), structures[0])
+
+
+@contextmanager
+def _kept_attributes(module: nn.Module) -> Iterator[None]:
+    """Give back the plain attributes that a forward pass rebinds: none may keep a stand-in without values."""
+    before = {part: dict(vars(part)) for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, attributes in before.items():
+            vars(part).clear()
+            vars(part).update(attributes)
 
 
 @contextmanager
@@ -120,7 +132,16 @@ def _describe(graph: GraphModule, names: tuple[str, ...], structure: TreeSpec) -
     reads = {name: _downstream(node, nodes, needed) for name, node in parameters.items()}
     for name, changed in reads.items():
         _refuse_dependence_on_values(changed, {parameters[name], *changed})
+    for node in nodes:
+        if node.target is torch.ops.aten.bernoulli.p:
+            node.target = _bernoulli
     return Trace(graph, nodes, parameters, loss, reads, frozenset(needed), structure)
+
+
+def _bernoulli(like: Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> Tensor:
+    """`bernoulli_`, as dropout calls it, in memory order: the operator without mutation draws in order of the axes, so
+    that a transposed activation would be dropped elsewhere than in the module."""
+    return torch.empty_like(like).bernoulli_(p, generator=generator)
 
 
 def _refuse_mutation(nodes: tuple[Node, ...]) -> None:

@@ -6,8 +6,8 @@ It has the semantics of P separate evaluations, whatever the operator does with 
 rule for an operator it is evaluated P times.
 """
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,16 +29,27 @@ def _flat(argument: Any, moved: Any) -> list[AnyChange | None]:
     return moved if isinstance(moved, list) else [moved]
 
 
+def _moving(call: Call) -> dict[int, AnyChange]:
+    """What changes, by position among the leaves of the arguments."""
+    changes = [change for arg, moved in zip(call.args, call.changes, strict=True) for change in _flat(arg, moved)]
+    return {i: change for i, change in enumerate(changes) if change is not None}
+
+
+def operand_bytes(call: Call) -> int:
+    """What `general` lays out: every operand that changes, whole, once for each perturbation."""
+    leaves, _ = tree_flatten(call.args, is_leaf=_is_none)
+    return call.count * sum(leaves[i].numel() * leaves[i].element_size() for i in _moving(call))
+
+
 def general(call: Call) -> Result:
     """The change of any operator's result."""
     bases, structure = tree_flatten((call.args, call.kwargs), is_leaf=_is_none)
-    changes = [change for arg, moved in zip(call.args, call.changes, strict=True) for change in _flat(arg, moved)]
-    moving = [i for i, change in enumerate(changes) if change is not None]
-    batched = [perturbed(bases[i], changes[i]) for i in moving]
+    moved = _moving(call)
+    batched = [perturbed(bases[i], change) for i, change in moved.items()]
 
     def evaluate(*operands: Tensor) -> Any:
         leaves = list(bases)
-        for i, operand in zip(moving, operands, strict=True):
+        for i, operand in zip(moved, operands, strict=True):
             leaves[i] = operand
         args, kwargs = tree_unflatten(leaves, structure)
         return call.target(*args, **kwargs)
@@ -54,8 +65,7 @@ def general(call: Call) -> Result:
 
 def _evaluate_all(evaluate: Callable[..., Any], batched: list[Tensor], count: int) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        with _quiet_fallback():
             return torch.vmap(evaluate)(*batched)
     except RuntimeError:
         # vmap says in this way that it cannot batch an operator; a true failure of the operator comes again here.
@@ -63,6 +73,17 @@ def _evaluate_all(evaluate: Callable[..., Any], batched: list[Tensor], count: in
     if isinstance(results[0], Tensor):
         return torch.stack(results)
     return tuple(torch.stack(parts) if isinstance(parts[0], Tensor) else None for parts in zip(*results, strict=True))
+
+
+@contextmanager
+def _quiet_fallback() -> Iterator[None]:
+    """Without torch's line on stderr, at every call, that it loops over an operator that it cannot batch."""
+    show: Callable[[bool], None] = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]  # not in torch's stubs
+    show(False)
+    try:
+        yield
+    finally:
+        show(True)
 
 
 def _difference(value: Tensor, base: Tensor) -> AnyChange:

@@ -1,0 +1,113 @@
+"""What `deepzero run` does: look before it leaps, run the flow, show the result."""
+
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.schema import Experiment
+from infra import orchestration
+from infra.home import home
+
+if TYPE_CHECKING:
+    from tasks.records import Outcome
+
+
+def execute(flow_name: str, experiment: Experiment, *, json_file: Path | None, dry_run: bool) -> int:
+    """Run a flow in this process and print its closing table; the exit status.
+
+    Raises:
+        RequestError: the data or the network of the experiment is not what it says; nothing has been created.
+        WorkError: the work failed.
+    """
+    console = Console()
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="deepzero-dry-run-") as folder:
+            console.print(_plan(flow_name, experiment, Path(folder)))
+        return 0
+    _plan(flow_name, experiment, home())
+    orchestration.configure()
+    _show_warnings()
+    from flows.classify import classify
+    from flows.pipeline import pipeline
+
+    flow = {"classify": classify, "pipeline": pipeline}[flow_name]
+    outcome: Outcome = flow(experiment)
+    result = json.loads(outcome.reported.result.read_text(encoding="utf-8"))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _conclude(console, outcome, result)
+    return 0
+
+
+def _plan(flow_name: str, experiment: Experiment, base: Path) -> Table:
+    """What will be done, from the real data and the real network: what cannot be built is refused here."""
+    from deepzero_core.data import prepare
+    from deepzero_core.sparsity import maskable_parameters
+    from tasks.problem import problem_of
+    from tasks.records import Prepared
+
+    data = experiment.data
+    path = prepare(data.name, home=base, source=data.source, image_size=data.image_size).path
+    prepared = Prepared.of_store(path)
+    problem = problem_of(experiment, prepared)
+    module, batches = problem.build_module(), problem.build_batches()
+    sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
+    maskable = sum(sizes[name] for name in maskable_parameters(module))
+    training = experiment.training
+    steps = min(training.epochs * batches.steps_per_epoch, training.steps or sys.maxsize)
+    sparsity = experiment.pruning.sparsity if experiment.pruning.method != "none" else 0.0
+    coordinates = sum(sizes.values()) - round(sparsity * maskable)
+    sides = 2 if experiment.estimator.difference == "central" else 1
+    per_step = {
+        "cge": 1 + sides * coordinates,
+        "rge": 1 + sides * experiment.estimator.queries,
+        "forward-gradient": 1 + experiment.estimator.queries,
+    }.get(training.method, 1)
+    rows = {
+        "flow": flow_name,
+        "data": f"{data.name}: " + ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items()),
+        "network": f"{experiment.model.name}: {sum(sizes.values()):,} parameters, {maskable:,} of them maskable",
+        "training": f"{training.method}, {steps:,} steps of {data.batch_size} examples",
+        "queries": f"{per_step:,} per step, {per_step * steps:,} in all",
+        "baselines": ", ".join(experiment.baselines) or "none",
+        "workers": experiment.cluster.address or str(experiment.cluster.workers),
+    }
+    table = Table(show_header=False, box=None, title=f"{experiment.name}: what would be done", title_justify="left")
+    for label, text in rows.items():
+        table.add_row(f"[bold]{label}", text)
+    return table
+
+
+def _show_warnings() -> None:
+    """Warnings of our own packages, one line each, on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    for package in ("infra", "tasks", "deepzero_core"):
+        logger = logging.getLogger(package)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
+def _conclude(console: Console, outcome: "Outcome", result: dict[str, Any]) -> None:
+    """The closing table, and where everything lies."""
+    from tasks.report import methods_table
+    from tasks.tracking import ui_command
+
+    methods = methods_table(outcome.results)
+    table = Table(title=str(result["title"]), title_justify="left")
+    for column in methods.columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in methods.rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"report      {outcome.reported.html}", soft_wrap=True)
+    console.print(f"MLflow run  {result['mlflow_url']}", soft_wrap=True)
+    console.print(f"MLflow UI   {ui_command()}", soft_wrap=True)
+    console.print(f"Prefect UI  {orchestration.ui_command()}", soft_wrap=True)

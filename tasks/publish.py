@@ -1,0 +1,73 @@
+"""Stage: write the report, and give run, network and report to MLflow and Prefect."""
+
+import torch
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+
+import configs
+from configs.schema import Experiment
+from deepzero_core.data import ImageStore, to_tensor
+from deepzero_core.models import Normalised
+from infra.home import home
+from tasks.environment import environment
+from tasks.evaluate import trained_module
+from tasks.records import Certified, MethodResult, Prepared, Pruned, Reported
+from tasks.report import write_report
+from tasks.stage import Tracking
+from tasks.tracking import Run, run_url
+
+
+@task(name="report")
+def report(
+    tracking: Tracking,
+    experiment: Experiment,
+    prepared: Prepared,
+    pruned: Pruned,
+    results: list[MethodResult],
+    certified: Certified | None = None,
+) -> Reported:
+    """The report of a flow run; the first result is the experiment's own method, whose network is logged."""
+    url = run_url(tracking.experiment_id, tracking.run_id)
+    run = Run.resume(tracking.run_id)
+    run.model(*_deployable(experiment, prepared, results[0]), name="classifier")
+    reported = write_report(
+        home() / "reports" / tracking.run_id,
+        experiment_yaml=configs.dump(experiment),
+        title=experiment.name,
+        results=results,
+        pruned=pruned if pruned.ratios else None,
+        prepared=prepared,
+        certified=certified,
+        environment=environment(),
+        mlflow_url=url,
+    )
+    run.artifact(reported.folder, "report")
+    run.metrics(_summary(results, certified), step=0)
+    run.flush()
+    create_link_artifact(url, key="mlflow-run", link_text="MLflow run", description="Metrics, artifacts and the model")
+    create_markdown_artifact(reported.markdown.read_text(encoding="utf-8"), key="report", description=experiment.name)
+    return reported
+
+
+def _deployable(experiment: Experiment, prepared: Prepared, result: MethodResult) -> tuple[Normalised, torch.Tensor]:
+    """The trained network with its normalisation in front, for images in [0, 1], and an example batch of them."""
+    store = ImageStore.open(prepared.store)
+    module = trained_module(experiment, prepared, result.trained)
+    wrapped = Normalised(module, store.manifest.mean, store.manifest.std).eval()
+    return wrapped, to_tensor(store.split("test").images[:2])
+
+
+def _summary(results: list[MethodResult], certified: Certified | None) -> dict[str, float]:
+    """What a list of runs is sorted by in MLflow: the main method plain, the baselines by name."""
+    main = results[0]
+    values = {
+        "test_accuracy": main.evaluated.accuracy,
+        "test_loss": main.evaluated.loss,
+        "queries": main.trained.queries,
+        "seconds": main.trained.seconds,
+    }
+    values |= {f"baseline/{result.method}": result.evaluated.accuracy for result in results[1:]}
+    if certified is not None:
+        values |= {f"certified_accuracy/radius_{radius:g}": share for radius, share in certified.accuracy_at.items()}
+        values["average_certified_radius"] = certified.average_radius
+    return values
