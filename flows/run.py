@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -101,9 +102,9 @@ def _conclude(console: Console, outcome: "Outcome", result: dict[str, Any]) -> N
     from tasks.tracking import ui_command
 
     methods = methods_table(outcome.results)
-    table = Table(title=str(result["title"]), title_justify="left")
+    table = Table(title=str(result["title"]), title_justify="left", box=box.SIMPLE_HEAD)
     for column in methods.columns:
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for row in methods.rows:
         table.add_row(*row)
     console.print(table)

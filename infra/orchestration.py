@@ -11,8 +11,10 @@ from infra.home import home
 _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    # Everything is kept with the run and shown by the Prefect pages; the terminal shows the stages' own lines.
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
+    # Prefect keeps its log, tracebacks included, with the run; the terminal shows the stages' own lines.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    # What our packages log is kept with the run too.
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "infra,tasks,deepzero_core",
     # A first start migrates a fresh database.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
 }

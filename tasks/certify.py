@@ -6,7 +6,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from prefect import task
 from prefect.states import State
 
 from configs.schema import Experiment
@@ -19,12 +18,12 @@ from tasks.evaluate import trained_module
 from tasks.problem import test_batches
 from tasks.progress import Progress
 from tasks.records import Certified, Prepared, Trained
-from tasks.stage import Stage, Tracking, perform
+from tasks.stage import Stage, Tracking, perform, stage_task
 
 _NOISE = 3
 
 
-@task(name="certify")
+@stage_task("certify")
 def certify(
     tracking: Tracking, experiment: Experiment, prepared: Prepared, trained: Trained
 ) -> State[Certified] | Certified:

@@ -1,7 +1,6 @@
 """Stage: a trained network's answers on the test split."""
 
 import torch
-from prefect import task
 from prefect.states import State
 from sklearn.metrics import confusion_matrix
 from torch import nn
@@ -11,12 +10,12 @@ from configs.schema import Experiment
 from deepzero_core.data import BatchSource
 from tasks.problem import problem_of, test_batches
 from tasks.records import Evaluated, Prepared, Trained
-from tasks.stage import Stage, Tracking, perform
+from tasks.stage import Stage, Tracking, perform, stage_task
 
 BATCH = 500
 
 
-@task(name="evaluate")
+@stage_task("evaluate")
 def evaluate(
     tracking: Tracking, experiment: Experiment, prepared: Prepared, trained: Trained
 ) -> State[Evaluated] | Evaluated:

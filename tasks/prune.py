@@ -3,7 +3,6 @@
 import time
 
 import torch
-from prefect import task
 from prefect.states import State
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,12 +19,12 @@ from deepzero_core.sparsity import (
 from deepzero_core.training.sources import step_generator
 from tasks.problem import problem_of
 from tasks.records import Prepared, Pruned
-from tasks.stage import Stage, Tracking, perform
+from tasks.stage import Stage, Tracking, perform, stage_task
 
 _SCORES = 2
 
 
-@task(name="prune")
+@stage_task("prune")
 def prune(tracking: Tracking, experiment: Experiment, prepared: Prepared) -> State[Pruned] | Pruned:
     """Layer-wise pruning ratios of the experiment's network on the experiment's data."""
     inputs = {

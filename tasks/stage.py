@@ -11,13 +11,15 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import filelock
+from prefect import task
 from prefect.states import Completed, State
 from pydantic import BaseModel, ValidationError
 
@@ -25,10 +27,12 @@ import deepzero_core
 import infra
 import tasks
 from infra.home import home
+from tasks.progress import concluded, skipped
 from tasks.records import Record
 from tasks.tracking import Run
 
 R = TypeVar("R", bound=Record)
+P = ParamSpec("P")
 
 
 class Tracking(Record):
@@ -61,6 +65,23 @@ class Stage:
         self.run.metrics(metrics, step=0)
 
 
+def stage_task(name: str) -> Callable[[Callable[P, State[R] | R]], Callable[P, R]]:
+    """A Prefect task whose caller gets the record, also where the task ended in the state "Cached"."""
+
+    def decorate(function: Callable[P, State[R] | R]) -> Callable[P, R]:
+        prefect_task = task(name=name)(function)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            outcome = prefect_task(*args, **kwargs)
+            record: R = outcome.result() if isinstance(outcome, State) else outcome
+            return record
+
+        return call
+
+    return decorate
+
+
 def perform(
     tracking: Tracking, name: str, kind: type[R], inputs: dict[str, Any], work: Callable[[Stage], R], label: str = ""
 ) -> State[R] | R:
@@ -80,12 +101,15 @@ def perform(
             tags["deepzero.cached_from"] = completion.run_id
             with Run.start(tracking.experiment_id, title, parent=parent, tags=tags) as run:
                 run.metrics(completion.metrics, step=0)
+            skipped(title)
             return Completed(name="Cached", message="nothing it depends on has changed", data=record)
         with Run.start(tracking.experiment_id, title, parent=parent, tags=tags) as run:
+            started = time.monotonic()
             stage = Stage(title, folder, run, {})
             record = work(stage)
             completion = Completion(record=record.model_dump(mode="json"), metrics=stage.metrics, run_id=run.run_id)
             write_atomically(folder / "record.json", completion.model_dump_json(indent=2))
+        concluded(title, time.monotonic() - started)
         return record
 
 

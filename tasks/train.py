@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prefect import task
 from prefect.logging import get_run_logger
 from prefect.states import State
 from torch import nn
@@ -42,14 +41,14 @@ from tasks.history import History
 from tasks.problem import problem_of, test_batches
 from tasks.progress import Progress
 from tasks.records import Prepared, Pruned, Trained
-from tasks.stage import Stage, Tracking, perform
+from tasks.stage import Stage, Tracking, perform, stage_task
 from tasks.tracking import metrics_of
 
 _CHECKPOINT_EVERY_S = 60.0
 _SPARSE = ("cge", "first-order-sparse-gradients")
 
 
-@task(name="train")
+@stage_task("train")
 def train(
     tracking: Tracking, experiment: Experiment, prepared: Prepared, pruned: Pruned, method: str
 ) -> State[Trained] | Trained:

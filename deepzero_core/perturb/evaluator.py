@@ -96,7 +96,7 @@ def _verify(
     missing without a sign.
 
     Raises:
-        UntraceableError: they differ.
+        UntraceableError: they differ, or fail there.
     """
     generator = torch.Generator().manual_seed(0)
     moved = {
@@ -104,9 +104,13 @@ def _verify(
         for name, value in parameters.items()
     }
     with preserved_random_state() as state:
-        seen = traced.base(moved, buffers, inputs, targets).loss
-        state.restore()
-        true = module.base(moved, buffers, inputs, targets).loss
+        try:
+            seen = traced.base(moved, buffers, inputs, targets).loss
+            state.restore()
+            true = module.base(moved, buffers, inputs, targets).loss
+        except Exception as error:
+            # The user's code again: a Cholesky factor may exist at θ and not here. See `trace`.
+            raise UntraceableError(f"nothing to compare its graph with near its parameters: {error}") from error
     if not torch.allclose(seen, true, rtol=1e-3, atol=1e-6, equal_nan=True):
         raise UntraceableError(f"its graph gives the loss {seen.item():.6g} where the module gives {true.item():.6g}")
 

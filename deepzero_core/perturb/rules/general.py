@@ -38,7 +38,8 @@ def _moving(call: Call) -> dict[int, AnyChange]:
 def operand_bytes(call: Call) -> int:
     """What `general` lays out: every operand that changes, whole, once for each perturbation."""
     leaves, _ = tree_flatten(call.args, is_leaf=_is_none)
-    return call.count * sum(leaves[i].numel() * leaves[i].element_size() for i in _moving(call))
+    total: int = sum(leaves[i].numel() * leaves[i].element_size() for i in _moving(call))
+    return call.count * total
 
 
 def general(call: Call) -> Result:
