@@ -125,7 +125,7 @@ class EstimatorConfig(Section):
     """Forward or central difference."""
     queries: Count = 192
     """Directions per step of rge and forward-gradient."""
-    memory_mib: Count = 256
+    memory_mib: Count = 8
     """Memory that one evaluation may fill with perturbed activations, MiB."""
 
 

@@ -42,7 +42,7 @@ def _evaluate(stage: Stage, experiment: Experiment, prepared: Prepared, trained:
     accuracy, loss, predicted, labels = score(module, test_batches(experiment, prepared))
     classes = range(len(prepared.class_names))
     table = confusion_matrix(labels, predicted, labels=list(classes))
-    stage.summarise(test_accuracy=accuracy, test_loss=loss)
+    stage.summarise(**{"test/accuracy": accuracy, "test/loss": loss})
     return Evaluated(accuracy=accuracy, loss=loss, confusion=tuple(tuple(int(n) for n in row) for row in table))
 
 

@@ -12,13 +12,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tasks.stage import write_atomically
+
 
 class History:
     """Appends lines; what a killed run wrote beyond its last checkpoint is cut off on opening."""
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         kept = [line for line in read(path) if line["step"] <= last_step] if path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        # Atomically: a kill at this moment must not take what belongs to the checkpoint.
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.kept = kept
         self._file = path.open("a", encoding="utf-8")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -33,7 +33,7 @@ _COLOURS = (_BLUE, _ORANGE, _BLACK, _RED, _GREEN, _PURPLE, _SKY)
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1)), "-", (0, (5, 1.5)))
 _MARKERS = "osD^vPX"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.titlesize": 11,
@@ -115,7 +115,8 @@ def smooth(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     positions = np.arange(len(values))
     # The window shrinks on both sides at once, so that a slope at the ends is not flattened.
     half = np.minimum(np.minimum(positions, len(values) - 1 - positions), width // 2)
-    return (sums[positions + half + 1] - sums[positions - half]) / (2 * half + 1)
+    averages: NDArray[np.float64] = (sums[positions + half + 1] - sums[positions - half]) / (2 * half + 1)
+    return averages
 
 
 def learning_curves(results: Sequence[MethodResult], path: Path) -> None:
@@ -184,7 +185,8 @@ def confusion_matrix(evaluated: Evaluated, class_names: Sequence[str], path: Pat
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     labelled = classes <= 40
     side = min(9.5, 3.0 + 0.38 * classes) if labelled else 8.0
-    with _figure(path, (side + 1.0, side)) as figure:
+    # "compressed" is the layout that knows of axes of a fixed shape.
+    with _figure(path, (side + 1.0, side), layout="compressed") as figure:
         axes = figure.subplots()
         # The square root of a share, so that rare mistakes are seen beside a diagonal near one.
         image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
@@ -330,10 +332,12 @@ def _legend_below(figure: Figure, axes: Axes, *, columns: int) -> None:
 
 
 @contextmanager
-def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+def _figure(
+    path: Path, size: tuple[float, float], layout: Literal["constrained", "compressed"] = "constrained"
+) -> Iterator[Figure]:
     """A figure of `size` inches, written to `path` when the block is left without an error."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, layout=layout)
         FigureCanvasAgg(figure)
         yield figure
         # No time stamps or versions: the same records give the same bytes.

@@ -17,7 +17,7 @@ def prepare(tracking: Tracking, data: DataConfig) -> Prepared:
     Raises:
         RequestError: files are missing or wrong; says which.
     """
-    with Run.start(tracking.experiment_id, "prepare", parent=Run.resume(tracking.run_id)) as run:
+    with Run.start(tracking.experiment_id, "prepare", parent=tracking.run_id) as run:
         path = prepare_store(data.name, home=home(), source=data.source, image_size=data.image_size).path
         prepared = Prepared.of_store(path)
         run.metrics({f"data/{split}_examples": count for split, count in prepared.counts.items()}, step=0)

@@ -7,6 +7,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 import configs
 from configs.schema import Experiment
 from deepzero_core.data import ImageStore, to_tensor
+from deepzero_core.errors import WorkError
 from deepzero_core.models import Normalised
 from infra.home import home
 from tasks.environment import environment
@@ -29,7 +30,11 @@ def report(
     """The report of a flow run; the first result is the experiment's own method, whose network is logged."""
     url = run_url(tracking.experiment_id, tracking.run_id)
     run = Run.resume(tracking.run_id)
-    run.model(*_deployable(experiment, prepared, results[0]), name="classifier")
+    notes = []
+    try:
+        run.model(*_deployable(experiment, prepared, results[0]), name="classifier")
+    except WorkError as error:
+        notes.append(f"The network could not be logged as a model: {error}")
     reported = write_report(
         home() / "reports" / tracking.run_id,
         experiment_yaml=configs.dump(experiment),
@@ -40,6 +45,7 @@ def report(
         certified=certified,
         environment=environment(),
         mlflow_url=url,
+        notes=notes,
     )
     run.artifact(reported.folder, "report")
     run.metrics(_summary(results, certified), step=0)
@@ -61,13 +67,13 @@ def _summary(results: list[MethodResult], certified: Certified | None) -> dict[s
     """What a list of runs is sorted by in MLflow: the main method plain, the baselines by name."""
     main = results[0]
     values = {
-        "test_accuracy": main.evaluated.accuracy,
-        "test_loss": main.evaluated.loss,
-        "queries": main.trained.queries,
-        "seconds": main.trained.seconds,
+        "test/accuracy": main.evaluated.accuracy,
+        "test/loss": main.evaluated.loss,
+        "cost/queries": main.trained.queries,
+        "cost/seconds": main.trained.seconds,
     }
     values |= {f"baseline/{result.method}": result.evaluated.accuracy for result in results[1:]}
     if certified is not None:
         values |= {f"certified_accuracy/radius_{radius:g}": share for radius, share in certified.accuracy_at.items()}
-        values["average_certified_radius"] = certified.average_radius
+        values["certified_accuracy/average_radius"] = certified.average_radius
     return values

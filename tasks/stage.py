@@ -91,7 +91,6 @@ def perform(
     """
     folder = home() / "stages" / name / key(name, inputs)
     folder.mkdir(parents=True, exist_ok=True)
-    parent = Run.resume(tracking.run_id)
     title = f"{name} {label}".strip()
     with filelock.FileLock(folder / "lock"):
         done = _completed(folder, kind)
@@ -99,11 +98,11 @@ def perform(
         if done is not None:
             completion, record = done
             tags["deepzero.cached_from"] = completion.run_id
-            with Run.start(tracking.experiment_id, title, parent=parent, tags=tags) as run:
+            with Run.start(tracking.experiment_id, title, parent=tracking.run_id, tags=tags) as run:
                 run.metrics(completion.metrics, step=0)
             skipped(title)
             return Completed(name="Cached", message="nothing it depends on has changed", data=record)
-        with Run.start(tracking.experiment_id, title, parent=parent, tags=tags) as run:
+        with Run.start(tracking.experiment_id, title, parent=tracking.run_id, tags=tags) as run:
             started = time.monotonic()
             stage = Stage(title, folder, run, {})
             record = work(stage)

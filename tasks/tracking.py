@@ -49,24 +49,26 @@ _TAG_CHARACTERS = 8000
 _FLUSH_POINTS = 500
 _FLUSH_SECONDS = 10.0
 
-# History field → metric; the part before the slash is a group of charts in the MLflow pages.
+# History field → metric and its unit in the field's; the part before the slash is a group of charts in MLflow's pages.
 _STEP_METRICS = {
-    "loss": "train/loss",
-    "accuracy": "train/accuracy",
-    "learning_rate": "train/learning_rate",
-    "queries": "cost/queries",
-    "queries_per_second": "cost/queries_per_second",
-    "forward_flops": "cost/forward_flops",
-    "seconds": "cost/seconds",
-    "peak_memory_bytes": "cost/peak_memory_bytes",
+    "loss": ("train/loss", 1.0),
+    "accuracy": ("train/accuracy", 1.0),
+    "learning_rate": ("train/learning_rate", 1.0),
+    "queries": ("cost/queries", 1.0),
+    "queries_per_second": ("cost/queries_per_second", 1.0),
+    "forward_flops": ("cost/forward_gflop", 1e9),
+    "seconds": ("cost/seconds", 1.0),
+    "peak_memory_bytes": ("cost/peak_memory_mib", 2.0**20),
 }
-_EVALUATION_METRICS = {"test_accuracy": "test/accuracy", "test_loss": "test/loss"}
+_EVALUATION_METRICS = {"test_accuracy": ("test/accuracy", 1.0), "test_loss": ("test/loss", 1.0)}
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
     """Metrics, by their names in MLflow, of one line of a training history; fields that it lacks are left out."""
     names = _EVALUATION_METRICS if record.get("kind") == "evaluation" else _STEP_METRICS
-    return {metric: float(record[field]) for field, metric in names.items() if record.get(field) is not None}
+    return {
+        metric: float(record[field]) / unit for field, (metric, unit) in names.items() if record.get(field) is not None
+    }
 
 
 class Run:
@@ -168,7 +170,7 @@ class Run:
             try:
                 self.flush()
             except WorkError as error:
-                _log.warning("%s; %d numbers wait for the next attempt", error, len(self._points))
+                _log.warning("%s; metrics that wait for the next attempt: %d", error, len(self._points))
 
     def flush(self) -> None:
         """Send what waits. WorkError when MLflow does not take it; it then waits on."""

@@ -58,7 +58,7 @@ def initialise(name: str) -> str:
     try:
         _probe(uri)
         base.mkdir(parents=True, exist_ok=True)
-        if VARIABLE not in os.environ:
+        if not os.environ.get(VARIABLE):
             mlflow_database(base).parent.mkdir(parents=True, exist_ok=True)
         with FileLock(base / "mlflow.lock", timeout=_LOCK_SECONDS):
             client = MlflowClient(tracking_uri=uri)
@@ -90,10 +90,10 @@ def ui_command() -> str | None:
 
 
 def run_url(experiment_id: str, run_id: str) -> str:
-    """The run's page, once `ui_command` runs."""
+    """The run's page, once `ui_command` runs, among the pages for models and not those for language applications."""
     uri = tracking_uri()
     server = uri.rstrip("/") if uri.startswith(_REMOTE) else UI
-    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
 def one_line(error: BaseException) -> str:

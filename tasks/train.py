@@ -102,7 +102,10 @@ def _train(stage: Stage, experiment: Experiment, prepared: Prepared, pruned: Pru
     weights = stage.folder / "weights.pt"
     torch.save(module.state_dict(), weights)
     stage.run.artifact(weights, "model")
-    stage.summarise(steps=trainer.step, queries=trainer.queries, seconds=clock.seconds)
+    newest = load_newest(stage.folder / "checkpoints").path
+    if newest is not None:
+        stage.run.artifact(newest, "checkpoints")
+    stage.summarise(**{"cost/steps": trainer.step, "cost/queries": trainer.queries, "cost/seconds": clock.seconds})
     return Trained(
         method=method,
         folder=stage.folder,

@@ -16,7 +16,7 @@ from deepzero_core.perturb.estimate import GradientEstimate, check_arguments
 from deepzero_core.perturb.evaluator import BasePass, Chunk, Evaluator, chunks, prepare
 from deepzero_core.perturb.objective import LossFn, state_of
 
-DEFAULT_MEMORY = 64 << 20
+DEFAULT_MEMORY = 8 << 20
 """Bytes of changes held at once: enough to fill the vector units, little enough for the caches of most machines."""
 
 

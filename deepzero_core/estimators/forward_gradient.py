@@ -6,6 +6,8 @@ The baseline for what RGE could reach with μ → 0; it needs a differentiable m
 one query. Source: Baydin et al. 2022, "Gradients without backpropagation".
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,11 @@ def forward_gradient(
     primal = {name: parameters[name] for name in trainable}
     for _ in range(queries if trainable else 0):
         direction = {name: gaussian(parameters[name], generator) for name in trainable}
-        with preserved_random_state():
+        with preserved_random_state(), warnings.catch_warnings():
+            # torch scripts decompositions of its own at the first use of forward mode and warns of that.
+            warnings.filterwarnings(
+                "ignore", message=r"`torch\.jit\.script` is deprecated", category=DeprecationWarning
+            )
             random_state.restore()
             slope: Tensor = torch.func.jvp(loss_of, (primal,), (direction,))[1]
         for name, u in direction.items():

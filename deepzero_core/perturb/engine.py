@@ -7,7 +7,7 @@ for the change of the result given the changes of the operands.
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,14 @@ from deepzero_core.perturb.rules.general import operand_bytes
 from deepzero_core.perturb.trace import Trace
 
 _MAX_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """What the base pass leaves behind: every node's value, and what rules have made of them (see `Call.once`)."""
+
+    values: dict[Node, Any]
+    kept: dict[Node, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class TracedEvaluator:
                 else:
                     assert callable(node.target)
                     values[node] = node.target(*_bases(node.args, values), **_bases(node.kwargs, values))
-        return BasePass(*self._trace.unflatten(results), parameters, values, state)
+        return BasePass(*self._trace.unflatten(results), parameters, _Cache(values), state)
 
     def coordinates(self, base: BasePass, chunk: Chunk, step: float) -> Tensor:
         return self._walk(base, chunk, step).loss
@@ -91,9 +99,7 @@ class TracedEvaluator:
         return _Walk(dense(change, base.loss.shape), peak)
 
 
-def _change_of(
-    node: Node, values: dict[Node, Any], live: dict[Node, Any], count: int, read: frozenset[int]
-) -> tuple[Any, int]:
+def _change_of(node: Node, base: _Cache, live: dict[Node, Any], count: int, read: frozenset[int]) -> tuple[Any, int]:
     """The change of one node's value, from those of its operands, and the bytes held only meanwhile.
 
     The change is None where nothing moves.
@@ -104,8 +110,8 @@ def _change_of(
         return (parts[index] if isinstance(parts, (tuple, list)) else None), 0
     if all(change is None or (isinstance(change, list) and not any(change)) for change in changes):
         return None, 0
-    args, kwargs = _bases(node.args, values), _bases(node.kwargs, values)
-    call = Call(node.target, args, kwargs, changes, values[node], count, read)
+    args, kwargs = _bases(node.args, base.values), _bases(node.kwargs, base.values)
+    call = Call(node.target, args, kwargs, changes, base.values[node], count, read, base.kept.setdefault(node, {}))
     rule = rule_for(node.target)
     change = rule(call) if rule is not None else None
     return (general(call), operand_bytes(call)) if change is None else (change, 0)

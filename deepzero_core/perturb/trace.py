@@ -85,13 +85,25 @@ def trace(
             # pass, and only a graph of plain operators can be functionalised completely.
             # Fake tensors have no values: code that leaves torch (`.numpy()`, `.item()`) fails instead of being frozen.
             composite = make_fx(evaluate, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
-            graph = make_fx(functionalize(composite))(*arguments)
+            graph = make_fx(functionalize(_lifted(composite)))(*arguments)
         except Exception as error:
             # Tracing runs the user's code on stand-ins and can fail in any way that code can. Nothing is lost: the
             # caller evaluates the module itself, pass by pass, and a true error in it shows there.
             reason = str(error).strip() or type(error).__name__
             raise UntraceableError(reason.splitlines()[0]) from error
     return _describe(graph, tuple(parameters), structures[0])
+
+
+def _lifted(graph: GraphModule) -> GraphModule:
+    """Copy the tensors that the module captured, such as an attention mask, so that what is made of them is traced as
+    everything else is: functionalisation does not see writes into anything that hangs on a bare constant."""
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr" and isinstance(getattr(graph, str(node.target), None), Tensor):
+            with graph.graph.inserting_after(node):
+                copy = graph.graph.call_function(torch.ops.aten.lift_fresh_copy.default, (node,))
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+    graph.recompile()
+    return graph
 
 
 @contextmanager

@@ -8,6 +8,7 @@ tensors and plain values.
 import hashlib
 import io
 import os
+import pickle
 import re
 import tempfile
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from deepzero_core.errors import RequestError
+from deepzero_core.errors import RequestError, WorkError
 
 _MAGIC = b"deepzero-checkpoint 1 "
 _NAME = re.compile(r"step-(\d{8})\.ckpt")
@@ -36,10 +37,20 @@ class Found:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, plain values, containers of them) to `path`, atomically and durably."""
+    """Write `state` (tensors, plain values, containers of them) to `path`, atomically and durably.
+
+    Raises:
+        WorkError: the disk does not take it; earlier checkpoints are as they were.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    payload = buffer.getvalue()
+    try:
+        _write(path, buffer.getvalue())
+    except OSError as error:
+        raise WorkError(f"checkpoint {path} cannot be written: {error.strerror}; earlier ones are intact") from error
+
+
+def _write(path: Path, payload: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
@@ -72,7 +83,10 @@ def load(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(
             f"checkpoint {path} is damaged: its content has sha256 {actual[:12]}…, {expected[:12]}… was written"
         )
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise DamagedCheckpointError(f"checkpoint {path} holds more than tensors and plain values") from error
     return state
 
 

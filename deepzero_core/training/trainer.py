@@ -145,7 +145,8 @@ class Trainer:
         broken = [name for name, gradient in estimate.gradients.items() if not gradient.isfinite().all()]
         if math.isfinite(estimate.loss) and not broken:
             return
-        what = f"the gradient of {broken[0]!r} is not finite" if broken else f"the loss is {estimate.loss}"
+        lost = not math.isfinite(estimate.loss)
+        what = f"the loss is {estimate.loss}" if lost else f"the gradient of {broken[0]!r} is not finite"
         raise NonFiniteError(
             f"step {self.step + 1}: {what} (learning rate {learning_rate:.4g}); "
             "try a smaller training.optimizer.lr, a longer training.schedule.warmup_epochs or another estimator.mu"
@@ -196,8 +197,8 @@ class Trainer:
             raise RequestError(f"the checkpoint is of another network: {str(error).splitlines()[0]}") from error
         self.step, self.queries = state["step"], state["queries"]
         self._masks = None
-        drawn = self.coordinates() or {}
-        if any(not torch.equal(mask, drawn[name]) for name, mask in state["masks"].items()):
+        drawn, kept = self.coordinates() or {}, state["masks"]
+        if drawn.keys() != kept.keys() or any(not torch.equal(mask, drawn[name]) for name, mask in kept.items()):
             raise RequestError("the checkpoint was written with other layer-wise pruning ratios")
 
 

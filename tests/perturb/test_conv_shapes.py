@@ -75,6 +75,14 @@ def convolutions(draw: st.DrawFn) -> Drawn:
         draw(st.integers(1 if transposed else max(1, r - 2 * p), max(most, r)))
         for r, p in zip(reach, padding, strict=True)
     )
+    if transposed:
+        added = extra["output_padding"]
+        assume(
+            all(
+                (n - 1) * s - 2 * p + r + a > 0
+                for n, s, p, r, a in zip(space, stride, padding, reach, added, strict=True)
+            )
+        )
     kind, bias = CONVOLUTIONS[axes, transposed], draw(st.booleans())
     batch = draw(st.integers(1, 3))
     stages = ("norm", "relu", "leaky", "max", "average", "conv", "grouped", "transposed")
@@ -102,7 +110,7 @@ def stage(name: str, shape: torch.Size) -> nn.Module | None:
         "transposed": lambda: CONVOLUTIONS[axes, True](channels, 2, 2, stride=2),
         "flat": lambda: nn.Sequential(nn.Flatten(), nn.Linear(shape[1:].numel(), 3)),
     }
-    return made[name]() if smallest >= (2 if name in ("max", "grouped") else 1) else None
+    return made[name]() if smallest >= (2 if name in ("max", "average", "grouped") else 1) else None
 
 
 @drawn

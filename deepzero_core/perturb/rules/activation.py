@@ -17,8 +17,10 @@ aten = torch.ops.aten
 
 
 def _relu(call: Call, change: Change) -> Tensor:
-    base = take(call.args[0], change.block, change.width if change.block else 0)
-    return torch.maximum(change.delta + base.clamp(max=0), -base.clamp(min=0))
+    width = change.width if change.block else 0
+    negative = take(call.once("negative", lambda: call.args[0].clamp(max=0)), change.block, width)
+    floor = take(call.once("floor", lambda: -call.args[0].clamp(min=0)), change.block, width)
+    return torch.maximum(change.delta + negative, floor)
 
 
 @rule(aten.relu.default)

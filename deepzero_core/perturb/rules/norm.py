@@ -2,11 +2,12 @@
 
 With batch statistics every perturbation has its own:
 
-    δc = δ − mean δ,   Δv = mean(2·x̂·δc + δc²),   s' = (v + Δv + ε)^−½,   Δs = −Δv·s²·s'²/(s + s')
-    Δn = δc·s' + x̂·Δs                     the change of the normalised value n = x̂·s
+    Δm = mean δ,   Δv = 2·mean(x̂·δ) + mean δ² − Δm²,   s' = (v + Δv + ε)^−½,   Δs = −Δv·s²·s'²/(s + s')
+    Δn = s'·δ + Δs·x̂ − s'·Δm              the change of the normalised value n = x̂·s
 
-With running statistics Δn = δ·s. Either way the result changes by γ·Δn + δγ·(n + Δn) + δβ. No rule touches the running
-statistics. Statistics couple the batch, not the channels: a block of channels stays a block.
+Nothing of the size of y cancels: mean x̂ = 0, and what is lost in mean δ² − Δm² is small against δ². With running
+statistics Δn = δ·s. Either way the result changes by γ·Δn + δγ·(n + Δn) + δβ. No rule touches the running statistics.
+Statistics couple the batch, not the channels: a block of channels stays a block.
 """
 
 from dataclasses import dataclass
@@ -22,11 +23,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _OnChannels:
-    """Everything on one block of channels: inputs [1 or P, B, w, …], per-channel values [1 or P, 1, w, 1…]."""
+    """Everything on one block of channels: x̂ and δ [1 or P, B, w, …], per-channel values [1 or P, 1, w, 1…]."""
 
     block: Block | None
-    inputs: Tensor
-    mean: Tensor
+    centred: Tensor
     scale: Tensor
     delta: Tensor | None
     gamma: Tensor | None
@@ -39,44 +39,57 @@ def batch_norm(call: Call) -> Result:
     training = call.args[5]
     if any(position > 2 for position in call.changed()) or call.output[0].ndim < 2:
         return None
-    gathered = _gather(call, training)
-    if gathered is None:
+    on = _gather(call, training)
+    if on is None:
         return None
-    axes = [1, *range(3, gathered.inputs.ndim)]
-    centred = gathered.inputs - gathered.mean
-    normal = centred * gathered.scale
-    shift, mean_change, scale_change = None, None, None
-    if gathered.delta is not None and not training:
-        shift = gathered.delta * gathered.scale
-    elif gathered.delta is not None:
-        average = gathered.delta.mean(axes, keepdim=True)
-        delta = gathered.delta - average
-        variance = ((2 * centred + delta) * delta).mean(axes, keepdim=True)
-        new_scale = (gathered.scale.square().reciprocal() + variance).rsqrt()
-        rescale = -variance * (gathered.scale * new_scale).square() / (gathered.scale + new_scale)
-        shift = delta * new_scale + centred * rescale
-        mean_change = _per_channel(average, gathered.block)
-        scale_change = _per_channel(rescale, gathered.block)
-    change = _affine(normal, shift, gathered)
+    average, rescale = None, None
+    if on.delta is not None and training:
+        average, rescale = _statistics(on.centred, on.delta, on.scale)
     shape = list(call.output[0].shape)
-    if gathered.block:
-        shape[1] = gathered.inputs.shape[2]
-    return Change(change.expand(call.count, *shape), gathered.block), mean_change, scale_change
+    if on.block:
+        shape[1] = on.centred.shape[2]
+    change = Change(_affine(on, average, rescale).expand(call.count, *shape), on.block)
+    if average is None or rescale is None:
+        return change, None, None
+    return change, _per_channel(average, on.block), _per_channel(rescale, on.block)
 
 
-def _affine(normal: Tensor, shift: Tensor | None, on: _OnChannels) -> Tensor:
-    """γ·Δn + δγ·(n + Δn) + δβ."""
-    terms = []
-    if shift is not None:
-        terms.append(shift if on.gamma is None else on.gamma * shift)
-    if on.delta_gamma is not None:
-        terms.append(on.delta_gamma * (normal if shift is None else normal + shift))
-    if on.delta_beta is not None:
-        terms.append(on.delta_beta)
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+def _statistics(centred: Tensor, delta: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(Δm, Δs), per perturbation and channel: [P, 1, w, 1…]."""
+    axes = [1, *range(3, delta.ndim)]
+    average = delta.mean(axes, keepdim=True)
+    variance = torch.add(delta, centred, alpha=2).mul_(delta).mean(axes, keepdim=True) - average.square()
+    new_scale = (scale.square().reciprocal() + variance).rsqrt()
+    return average, -variance * (scale * new_scale).square() / (scale + new_scale)
+
+
+def _affine(on: _OnChannels, average: Tensor | None, rescale: Tensor | None) -> Tensor:
+    """γ·Δn + δγ·(n + Δn) + δβ, the coefficients of δ and x̂ collected first: a pass over the values costs most."""
+    slope = _sum(on.gamma, on.delta_gamma)
+    constant = on.delta_beta
+    total: Tensor | None = None
+    if on.delta is not None:
+        scale = on.scale if rescale is None else on.scale + rescale
+        factor = scale if slope is None else slope * scale
+        if average is not None:
+            constant = _sum(constant, -factor * average)
+        total = factor * on.delta if constant is None else torch.addcmul(constant, factor, on.delta)
+    along = _sum(
+        None if rescale is None else rescale if slope is None else slope * rescale,
+        None if on.delta_gamma is None else on.delta_gamma * on.scale,
+    )
+    if total is not None:
+        return total if along is None else total.addcmul_(along, on.centred)
+    parts = _sum(None if along is None else along * on.centred, constant)
+    assert parts is not None, "a rule is called when something changes"
+    return parts
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b where None stands for 0."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
 
 
 def _per_channel(change: Tensor, block: Block | None) -> Change:
@@ -107,14 +120,11 @@ def _gather(call: Call, training: bool) -> _OnChannels | None:
         full = change.delta if block else dense(change, call.args[position].shape)
         return full if position == 0 else full.reshape(full.shape[0], 1, -1, *[1] * (inputs.ndim - 2))
 
-    if training:
-        mean, scale = channels(call.output[1]), channels(call.output[2])
-    else:
-        mean, scale = channels(call.args[3]), channels((call.args[4] + call.args[7]).rsqrt())
-    assert mean is not None and scale is not None
-    return _OnChannels(
-        block, take(inputs, block, width), mean, scale, delta_of(0), channels(gamma), delta_of(1), delta_of(2)
-    )
+    mean = call.output[1] if training else call.args[3]
+    scale = channels(call.output[2] if training else (call.args[4] + call.args[7]).rsqrt())
+    assert scale is not None
+    centred = take(call.once("centred", lambda: inputs - mean.view(-1, *[1] * (inputs.ndim - 2))), block, width)
+    return _OnChannels(block, centred, scale, delta_of(0), channels(gamma), delta_of(1), delta_of(2))
 
 
 def _shared_channels(changes: list[Change | None]) -> tuple[Block | None, int]:

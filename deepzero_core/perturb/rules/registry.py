@@ -6,7 +6,7 @@ answers. Rules exist to be faster or more exact than the general path, never to 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class Call:
     """An operator at work: its base operands, which of them change and how, and its base result.
 
     `changes` has the structure of `args`: None where an operand stays, a list where the operand is a list of tensors.
-    `read` says which of several results the loss depends on: only their changes matter.
+    `read` says which of several results the loss depends on: only their changes matter. `kept` holds what `once` made.
     """
 
     target: Any
@@ -32,6 +32,7 @@ class Call:
     output: Any
     count: int
     read: frozenset[int] = frozenset()
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     def argument(self, position: int, default: Any = None) -> Any:
         return self.args[position] if position < len(self.args) else default
@@ -39,6 +40,12 @@ class Call:
     def change(self, position: int) -> AnyChange | None:
         found: AnyChange | None = self.changes[position] if position < len(self.changes) else None
         return found
+
+    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """A function of the base values alone: computed for the first chunk of a base pass, kept for the others."""
+        if name not in self.kept:
+            self.kept[name] = compute()
+        return self.kept[name]
 
     def changed(self) -> tuple[int, ...]:
         """Positions of the operands that change; a list operand counts when any of its tensors does."""

@@ -1,0 +1,165 @@
+"""Connecting to Dask: local workers, a running scheduler, and nobody at the address."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch.nn import functional as F
+
+from deepzero_core.data import prepare
+from deepzero_core.errors import RequestError, WorkError
+from deepzero_core.training import Batch, CGESource
+from infra.cluster import connect
+from infra.forward import DistributedCGE, Problem
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def ended(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=15)[1]
+
+
+def test_local_workers_come_and_go_with_the_block() -> None:
+    before = set(psutil.Process().children(recursive=True))
+    with connect(2, None, 60) as client:
+        info = client.scheduler_info(n_workers=-1)
+        assert info["address"].startswith("tcp://127.0.0.1:"), "nobody else on the network reaches it"
+        assert [worker["nthreads"] for worker in info["workers"].values()] == [1, 1]
+        started = [psutil.Process(pid) for pid in client.run(os.getpid).values()]
+    assert len(started) == 2 and ended(started)
+    assert not {
+        process.pid
+        for process in set(psutil.Process().children(recursive=True)) - before
+        if "resource_tracker" not in " ".join(process.cmdline())
+    }
+
+
+def test_local_workers_end_with_a_killed_parent() -> None:
+    code = (
+        "import os, time\n"
+        "from infra.cluster import connect\n"
+        "if __name__ == '__main__':\n"
+        "    with connect(1, None, 60) as client:\n"
+        "        print(*client.run(os.getpid).values(), flush=True)\n"
+        "        time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        worker = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    assert ended([worker])
+
+
+@pytest.mark.parametrize("scheme", ["tcp://", ""])
+def test_nobody_at_the_address_is_said_within_the_time_out(scheme: str) -> None:
+    address = f"{scheme}127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    with (
+        pytest.raises(RequestError, match=rf"no Dask scheduler answers at cluster\.address='{address}' within 2 s"),
+        connect(2, address, 2),
+    ):
+        pass
+    assert time.monotonic() - started < 15
+
+
+def test_something_else_at_the_address_is_no_scheduler() -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        address = f"tcp://127.0.0.1:{deaf.getsockname()[1]}"
+        with pytest.raises(RequestError, match="no Dask scheduler answers"), connect(1, address, 2):
+            pass
+
+
+def python(*arguments: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """The address of a scheduler with one worker, both processes of their own."""
+    address = f"127.0.0.1:{free_port()}"
+    port = address.partition(":")[2]
+    scratch = str(tmp_path_factory.mktemp("dask"))
+    scheduler = python("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard")
+    worker = python(
+        "distributed.cli.dask_worker", f"tcp://{address}", "--nthreads", "1", "--no-dashboard", "--local-directory", scratch
+    )
+    try:
+        yield f"tcp://{address}", scheduler
+    finally:
+        for process in (worker, scheduler):
+            process.terminate()
+            process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
+    model = {"name": "cnn", "in_channels": 1, "num_classes": 10, "image_size": (8, 8), "depth": 1, "width": 3}
+    return Problem(
+        store=prepare("digits", home=tmp_path_factory.mktemp("digits")).path,
+        batches={"batch_size": 8, "seed": 0, "augmentation": {"crop_padding": 0, "flip": False}, "limit": 32},
+        model={**model, "arguments": {}, "seed": 0},
+        mu=5e-3,
+        difference="forward",
+        memory=1 << 20,
+    )
+
+
+def test_a_running_scheduler_is_used_and_left_running(
+    running: tuple[str, "subprocess.Popen[bytes]"], problem: Problem
+) -> None:
+    address, scheduler = running
+    module = problem.build_module().train()
+    batch = Batch(0, 0, 0, *problem.build_batches().batch(0, 0))
+    expected = CGESource(F.cross_entropy, problem.mu, "forward", problem.memory).estimate(module, batch, None)
+    for _ in range(2):  # a second run finds it as the first did
+        with connect(1, address, 60) as client, DistributedCGE(client, problem) as source:
+            estimate = source.estimate(module, batch, None)
+        assert all(torch.equal(value, estimate.gradients[name]) for name, value in expected.gradients.items())
+    assert scheduler.poll() is None
+
+
+def test_fewer_workers_than_asked_for_is_a_failure_of_the_work(running: tuple[str, "subprocess.Popen[bytes]"]) -> None:
+    with pytest.raises(WorkError, match=r"1 of 3 Dask workers came within 1 s"), connect(3, running[0], 1):
+        pass
+
+
+def test_a_scheduler_that_dies_is_a_failure_of_the_work(problem: Problem, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    scheduler = python(
+        "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", address.partition(":")[2], "--no-dashboard"
+    )
+    worker = python(
+        "distributed.cli.dask_worker", f"tcp://{address}", "--no-dashboard", "--local-directory", str(tmp_path)
+    )
+    module, batches = problem.build_module().train(), problem.build_batches()
+    try:
+        with connect(1, f"tcp://{address}", 60) as client, DistributedCGE(client, problem, timeout_s=5) as source:
+            source.estimate(module, Batch(0, 0, 0, *batches.batch(0, 0)), None)
+            scheduler.kill()
+            scheduler.wait()
+            started = time.monotonic()
+            with pytest.raises(WorkError, match=r"Dask"):
+                source.estimate(module, Batch(1, 0, 1, *batches.batch(0, 1)), None)
+            assert time.monotonic() - started < 60
+    finally:
+        worker.kill()
+        worker.wait()
+        scheduler.kill()
