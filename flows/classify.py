@@ -8,20 +8,19 @@ from tasks.evaluate import evaluate
 from tasks.prepare import prepare
 from tasks.prune import prune
 from tasks.publish import report
-from tasks.records import MethodResult, Outcome, Prepared, Pruned
+from tasks.records import MethodResult, Prepared, Pruned, Reported
 from tasks.stage import Tracking
 from tasks.train import train
 
 
 @flow(name="classify", flow_run_name="{experiment.name}-seed-{experiment.seed}")
-def classify(experiment: Experiment) -> Outcome:
+def classify(experiment: Experiment) -> Reported:
     """Prepare the data, prune, train with the configured method and every baseline, evaluate, report."""
     with recorded("classify", experiment) as tracking:
         prepared = prepare(tracking, experiment.data)
         pruned = prune(tracking, experiment, prepared)
         results = compare(tracking, experiment, prepared, pruned)
-        reported = report(tracking, experiment, prepared, pruned, results)
-        return Outcome(reported=reported, results=tuple(results))
+        return report(tracking, experiment, prepared, pruned, results)
 
 
 def compare(tracking: Tracking, experiment: Experiment, prepared: Prepared, pruned: Pruned) -> list[MethodResult]:

@@ -154,6 +154,19 @@ def run(
     raise typer.Exit(execute(flow, experiment, json_file=json_file, dry_run=dry_run))
 
 
+@app.command()
+@_reported
+def report(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="MLflow run id, or how it begins; the newest when left out.")
+    ] = None,
+) -> None:
+    """Show the closing table of an earlier run and where its report lies."""
+    from flows.results import show
+
+    show(run)
+
+
 def _check_writable(file: Path) -> None:
     """RequestError now rather than after hours of work."""
     folder = file.absolute().parent

@@ -9,16 +9,15 @@ from tasks.certify import certify
 from tasks.prepare import prepare
 from tasks.prune import prune
 from tasks.publish import report
-from tasks.records import Outcome
+from tasks.records import Reported
 
 
 @flow(name="pipeline", flow_run_name="{experiment.name}-seed-{experiment.seed}")
-def pipeline(experiment: Experiment) -> Outcome:
+def pipeline(experiment: Experiment) -> Reported:
     """Train as `classify` does, then certify the trained network by plain randomised smoothing."""
     with recorded("pipeline", experiment) as tracking:
         prepared = prepare(tracking, experiment.data)
         pruned = prune(tracking, experiment, prepared)
         results = compare(tracking, experiment, prepared, pruned)
         certified = certify(tracking, experiment, prepared, results[0].trained)
-        reported = report(tracking, experiment, prepared, pruned, results, certified)
-        return Outcome(reported=reported, results=tuple(results))
+        return report(tracking, experiment, prepared, pruned, results, certified)

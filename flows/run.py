@@ -1,22 +1,21 @@
 """What `deepzero run` does: look before it leaps, run the flow, show the result."""
 
-import json
 import logging
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from configs.schema import Experiment
+from flows.results import conclude
 from infra import orchestration
 from infra.home import home
 
 if TYPE_CHECKING:
-    from tasks.records import Outcome
+    from tasks.records import Reported
 
 
 def execute(flow_name: str, experiment: Experiment, *, json_file: Path | None, dry_run: bool) -> int:
@@ -36,13 +35,13 @@ def execute(flow_name: str, experiment: Experiment, *, json_file: Path | None, d
     _show_warnings()
     from flows.classify import classify
     from flows.pipeline import pipeline
+    from tasks.stage import write_atomically
 
     flow = {"classify": classify, "pipeline": pipeline}[flow_name]
-    outcome: Outcome = flow(experiment)
-    result = json.loads(outcome.reported.result.read_text(encoding="utf-8"))
+    reported: Reported = flow(experiment)
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _conclude(console, outcome, result)
+        write_atomically(json_file, reported.result.read_text(encoding="utf-8"))
+    conclude(console, reported.result)
     return 0
 
 
@@ -94,21 +93,3 @@ def _show_warnings() -> None:
         logger = logging.getLogger(package)
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-
-
-def _conclude(console: Console, outcome: "Outcome", result: dict[str, Any]) -> None:
-    """The closing table, and where everything lies."""
-    from tasks.report import methods_table
-    from tasks.tracking import ui_command
-
-    methods = methods_table(outcome.results)
-    table = Table(title=str(result["title"]), title_justify="left", box=box.SIMPLE_HEAD)
-    for column in methods.columns:
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
-    for row in methods.rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"report      {outcome.reported.html}", soft_wrap=True)
-    console.print(f"MLflow run  {result['mlflow_url']}", soft_wrap=True)
-    console.print(f"MLflow UI   {ui_command()}", soft_wrap=True)
-    console.print(f"Prefect UI  {orchestration.ui_command()}", soft_wrap=True)

@@ -48,7 +48,7 @@ def connect(workers: int, address: str | None, timeout_s: float) -> Iterator[Cli
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # without one, Dask takes port 8787, and warns where it is taken
                 memory_limit=0,
                 silence_logs=logging.ERROR,
             ) as cluster,

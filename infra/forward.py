@@ -10,6 +10,7 @@ computed again from the task graph, θ included.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ class Problem:
 class StepState:
     """θ of one step, with the batch it is evaluated on. Arrays, so that it travels without a copy."""
 
-    number: int
+    name: str
+    """Unique to this θ on this batch: what is held under it is never that of another step."""
     epoch: int
     index: int
     parameters: dict[str, np.ndarray]
@@ -96,7 +98,7 @@ class ForwardWorker(WorkerPlugin):
     def __init__(self, name: str, problem: Problem) -> None:
         self.name = name
         self._problem = problem
-        self._base: tuple[int, BasePass] | None = None
+        self._base: tuple[str, BasePass] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ForwardWorker, (self.name, self._problem)
@@ -106,27 +108,30 @@ class ForwardWorker(WorkerPlugin):
         self._module = self._problem.build_module().train()
         self._batches = self._problem.build_batches()
         self._evaluator: Evaluator | None = None
+        # A worker that somebody else has started may have several threads; engine and random state are for one.
+        self._turn = threading.Lock()
 
     def differences(self, state: StepState, work: Range) -> list[np.ndarray]:
         """ĝ at the coordinates of every chunk of the range."""
-        base, problem = self._base_of(state), self._problem
-        assert self._evaluator is not None
-        return [
-            slope(
-                self._evaluator, base, Chunk(name, torch.from_numpy(indices.copy())), problem.mu, problem.difference
-            ).numpy()
-            for name, indices in work.chunks
-        ]
+        with self._turn:
+            base, problem = self._base_of(state), self._problem
+            assert self._evaluator is not None
+            return [
+                slope(
+                    self._evaluator, base, Chunk(name, torch.from_numpy(indices.copy())), problem.mu, problem.difference
+                ).numpy()
+                for name, indices in work.chunks
+            ]
 
     def _base_of(self, state: StepState) -> BasePass:
         """The base pass of a step, kept until the next: every range of the step reads it."""
-        if self._base is None or self._base[0] != state.number:
+        if self._base is None or self._base[0] != state.name:
             inputs, targets = self._batches.batch(state.epoch, state.index)
             if self._evaluator is None:
                 self._evaluator = prepare(self._module, inputs, targets, F.cross_entropy)
             torch.manual_seed(state.random_seed)
             base = self._evaluator.base(_tensors(state.parameters), _tensors(state.buffers), inputs, targets)
-            self._base = state.number, base
+            self._base = state.name, base
         return self._base[1]
 
 
@@ -181,16 +186,16 @@ class DistributedCGE:
         """
         parameters, buffers = state_of(module)
         seed = torch.initial_seed()
-        state = StepState(batch.number, batch.epoch, batch.index, _arrays(parameters), _arrays(buffers), seed)
+        state = StepState(uuid4().hex, batch.epoch, batch.index, _arrays(parameters), _arrays(buffers), seed)
         if self._evaluator is None:
             self._evaluator = prepare(module, batch.inputs, batch.targets, F.cross_entropy)
         base = self._evaluator.base(parameters, buffers, batch.inputs, batch.targets)
         chosen = resolve(module, coordinates)
         ranges, held_ranges = self._ranges_of(coordinates, chosen, base)
-        held = self.client.submit(_hold, state, key=self._key("theta", batch.number), pure=False)
+        held = self.client.submit(_hold, state, key=self._key("theta", state.name), pure=False)
         futures = [
             self.client.submit(
-                _evaluate, self._name, held, held_ranges, i, key=self._key("range", batch.number, i), pure=False
+                _evaluate, self._name, held, held_ranges, i, key=self._key("range", state.name, i), pure=False
             )
             for i in range(len(ranges))
         ]

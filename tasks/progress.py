@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 _PLAIN_EVERY_S = 15.0
-_WIDTH = 35
+_WIDTH = 38
 
 
 class Progress:

@@ -113,10 +113,3 @@ class Reported(Record):
     html: Path
     markdown: Path
     result: Path
-
-
-class Outcome(Record):
-    """What a flow run ends with; the first result is the experiment's own method."""
-
-    reported: Reported
-    results: tuple[MethodResult, ...]
