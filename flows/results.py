@@ -10,11 +10,13 @@ from rich.table import Table
 
 from deepzero_core.errors import RequestError
 from infra.home import home
+from infra.orchestration import configure
 from infra.orchestration import ui_command as prefect_ui_command
 
 
 def show(run: str | None) -> None:
     """Print the closing table of a run (MLflow run id or the beginning of one; None: the newest) and its places."""
+    configure()
     conclude(Console(), find(run) / "result.json")
 
 
