@@ -1,11 +1,13 @@
 """The Dask cluster that forward passes are evaluated on: local processes, or a scheduler that runs already."""
 
+import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import dask
 from distributed import Client, LocalCluster
+from distributed.comm import connect as dask_connect
 
 from deepzero_core.errors import RequestError, WorkError
 
@@ -32,6 +34,7 @@ def connect(workers: int, address: str | None, timeout_s: float) -> Iterator[Cli
     with dask.config.set(_SETTINGS):
         if address is not None:
             try:
+                asyncio.run(_greet(address, timeout_s))
                 client = Client(address, timeout=timeout_s)
             except (OSError, TimeoutError, ValueError) as error:
                 raise RequestError(
@@ -56,6 +59,13 @@ def connect(workers: int, address: str | None, timeout_s: float) -> Iterator[Cli
         ):
             _wait(client, workers, timeout_s)
             yield client
+
+
+async def _greet(address: str, timeout_s: float) -> None:
+    """Shake hands once: the client would wait for ever where somebody listens and says nothing."""
+    async with asyncio.timeout(timeout_s):
+        comm = await dask_connect(address, timeout=timeout_s)
+        await comm.close()
 
 
 def _wait(client: Client, workers: int, timeout_s: float) -> None:

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from distributed import Client, Future, Worker, WorkerPlugin, get_worker
+from distributed import CancelledError, Client, Future, KilledWorker, Worker, WorkerPlugin, get_worker
 from distributed import wait as wait_for
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -182,7 +182,7 @@ class DistributedCGE:
         """As `deepzero_core.cge`.
 
         Raises:
-            WorkError: no worker answered within the time-out.
+            WorkError: no worker answered within the time-out, the scheduler was lost, or a range kills its workers.
         """
         parameters, buffers = state_of(module)
         seed = torch.initial_seed()
@@ -223,13 +223,25 @@ class DistributedCGE:
         return self._ranges[1], self._ranges[2]
 
     def _collect(self, futures: Sequence[Future], ranges: Sequence[Range]) -> dict[str, Tensor]:
-        self._wait(futures)
         found: dict[str, list[tuple[int, np.ndarray]]] = {}
-        for work, values in zip(ranges, self.client.gather(list(futures)), strict=True):
+        for work, values in zip(ranges, self._results(futures), strict=True):
             for (name, indices), value in zip(work.chunks, values, strict=True):
                 found.setdefault(name, []).append((int(indices[0]), value))
         ordered = {name: sorted(parts, key=lambda part: part[0]) for name, parts in found.items()}
         return {name: torch.from_numpy(np.concatenate([v for _, v in parts])) for name, parts in ordered.items()}
+
+    def _results(self, futures: Sequence[Future]) -> list[list[np.ndarray]]:
+        try:
+            self._wait(futures)
+            results: list[list[np.ndarray]] = self.client.gather(list(futures))
+            return results
+        except KilledWorker as error:
+            raise WorkError(
+                f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and every one of them died; "
+                "look at their memory, or take a smaller estimator.memory_mib"
+            ) from error
+        except (CancelledError, OSError) as error:
+            raise WorkError(f"the Dask scheduler at {self.client.scheduler.address} was lost in the middle of a step") from error
 
     def _wait(self, futures: Sequence[Future]) -> None:
         """Wait as long as ranges keep coming back; the time-out starts again with each of them."""

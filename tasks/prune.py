@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.schema import Experiment
+from deepzero_core.data import BatchSource
 from deepzero_core.sparsity import (
     draw_masks,
     grasp_scores,
@@ -47,8 +48,7 @@ def _prune(stage: Stage, experiment: Experiment, prepared: Prepared) -> Pruned:
     ratios: dict[str, float] = {}
     queries = 0
     if pruning.method != "none":
-        examples = problem.build_batches().per_class(pruning.samples_per_class)
-        scores, queries = _scores(experiment, module, *examples)
+        scores, queries = _scores(experiment, module, problem.build_batches())
         torch.save(scores, stage.folder / "scores.pt")
         ratios = layer_ratios(scores, pruning.sparsity)
     masks = draw_masks(ratios, module, step_generator(experiment.seed))
@@ -74,21 +74,18 @@ def _prune(stage: Stage, experiment: Experiment, prepared: Prepared) -> Pruned:
     return pruned
 
 
-def _scores(
-    experiment: Experiment, module: nn.Module, inputs: Tensor, targets: Tensor
-) -> tuple[dict[str, Tensor], int]:
+def _scores(experiment: Experiment, module: nn.Module, batches: BatchSource) -> tuple[dict[str, Tensor], int]:
     """Scores by the configured criterion (higher = keep), and the loss evaluations they cost."""
     pruning = experiment.pruning
     generator = step_generator(experiment.seed, _SCORES)
-    match pruning.method:
-        case "zo-grasp":
-            scores = zo_grasp_scores(
-                module, inputs, targets, F.cross_entropy, queries=pruning.queries, mu=pruning.mu, generator=generator
-            )
-            return scores, 2 * (1 + pruning.queries)
-        case "grasp":
-            return grasp_scores(module, inputs, targets, F.cross_entropy), 1
-        case "magnitude":
-            return magnitude_scores(module), 0
-        case _:
-            return random_scores(module, generator), 0
+    if pruning.method == "magnitude":
+        return magnitude_scores(module), 0
+    if pruning.method == "random":
+        return random_scores(module, generator), 0
+    inputs, targets = batches.per_class(pruning.samples_per_class)
+    if pruning.method == "grasp":
+        return grasp_scores(module, inputs, targets, F.cross_entropy), 1
+    scores = zo_grasp_scores(
+        module, inputs, targets, F.cross_entropy, queries=pruning.queries, mu=pruning.mu, generator=generator
+    )
+    return scores, 2 * (1 + pruning.queries)

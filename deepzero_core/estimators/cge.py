@@ -11,9 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from deepzero_core.errors import RequestError
 from deepzero_core.perturb.coordinates import count, resolve, scatter
 from deepzero_core.perturb.estimate import GradientEstimate, check_arguments
-from deepzero_core.perturb.evaluator import BasePass, Chunk, Evaluator, chunks, prepare
+from deepzero_core.perturb.evaluator import BasePass, Chunk, Evaluator, Situation, chunks, prepare
 from deepzero_core.perturb.objective import LossFn, state_of
 
 DEFAULT_MEMORY = 8 << 20
@@ -50,12 +51,19 @@ def cge(
         evaluator: of an earlier `prepare` with the same module, shapes and mode; None prepares one.
 
     Raises:
-        RequestError: unknown parameter, mask of the wrong shape, mu ≤ 0, unknown difference or precision.
+        RequestError: unknown parameter, mask of the wrong shape, mu ≤ 0, unknown difference or precision, or an
+            evaluator that was prepared for something else.
     """
     check_arguments(mu, difference, precision)
     chosen = resolve(module, coordinates)
     parameters, buffers = state_of(module)
-    evaluator = evaluator or prepare(module, inputs, targets, loss_fn)
+    if evaluator is None:
+        evaluator = prepare(module, inputs, targets, loss_fn)
+    elif evaluator.situation != Situation.of(module, inputs, targets, loss_fn):
+        raise RequestError(
+            "the evaluator was prepared for another loss function, other shapes or another train/eval mode: "
+            "prepare one for each"
+        )
     base = evaluator.base(parameters, buffers, inputs, targets)
     slopes: dict[str, list[Tensor]] = {name: [] for name in chosen}
     for chunk in chunks(evaluator, base, chosen, memory):

@@ -65,7 +65,7 @@ def build_model(
 def _seeded(seed: int) -> Iterator[None]:
     # torch's layers draw their weights from the global generator: it is lent for the time of building.
     # torch.manual_seed would also leave a seed behind for a CUDA runtime that is not yet started.
-    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call] # torch's gap
+    started = torch.cuda.is_available() and torch.cuda.is_initialized()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if started else ()):
         torch.default_generator.manual_seed(seed)
         if started:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from deepzero_core.perturb.changes import OneHot, dense
-from deepzero_core.perturb.evaluator import BasePass, Chunk
+from deepzero_core.perturb.evaluator import BasePass, Chunk, Situation
 from deepzero_core.perturb.objective import RandomState
 from deepzero_core.perturb.rules import Call, general
 from deepzero_core.perturb.rules.elementwise import rule_for
@@ -44,7 +44,8 @@ class TracedEvaluator:
 
     untraced: str | None = None
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, situation: Situation) -> None:
+        self.situation = situation
         self._trace = trace
         self._bytes: dict[str, int] = {}
         self._last_use = {name: _last_uses(nodes) for name, nodes in trace.reads.items()}

@@ -39,8 +39,27 @@ class Chunk:
     indices: Tensor
 
 
+@dataclass(frozen=True)
+class Situation:
+    """What an evaluator holds for; values may change, these may not."""
+
+    modes: tuple[bool, ...]
+    inputs: tuple[torch.Size, torch.dtype, torch.device]
+    targets: tuple[torch.Size, torch.dtype, torch.device]
+    loss_fn: LossFn
+
+    @classmethod
+    def of(cls, module: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn) -> "Situation":
+        modes = tuple(part.training for part in module.modules())
+        seen, wanted = ((tensor.shape, tensor.dtype, tensor.device) for tensor in (inputs, targets))
+        return cls(modes, seen, wanted, loss_fn)
+
+
 class Evaluator(Protocol):
     """Loss differences of a module under perturbations."""
+
+    @property
+    def situation(self) -> Situation: ...
 
     @property
     def untraced(self) -> str | None:
@@ -70,16 +89,17 @@ def prepare(module: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn)
     from deepzero_core.perturb.separate import SeparateEvaluator
 
     parameters, buffers = state_of(module)
+    situation = Situation.of(module, inputs, targets, loss_fn)
     try:
-        evaluator = TracedEvaluator(trace(module, parameters, buffers, inputs, targets, loss_fn))
-        _verify(evaluator, SeparateEvaluator(module, loss_fn), parameters, buffers, inputs, targets)
+        evaluator = TracedEvaluator(trace(module, parameters, buffers, inputs, targets, loss_fn), situation)
+        _verify(evaluator, SeparateEvaluator(module, situation), parameters, buffers, inputs, targets)
         return evaluator
     except UntraceableError as error:
         warnings.warn(
             f"{type(module).__name__} cannot be traced ({error}): one forward pass per query",
             stacklevel=2,
         )
-        return SeparateEvaluator(module, loss_fn, untraced=str(error))
+        return SeparateEvaluator(module, situation, untraced=str(error))
 
 
 def _verify(

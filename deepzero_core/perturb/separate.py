@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deepzero_core.perturb.evaluator import BasePass, Chunk
-from deepzero_core.perturb.objective import LossFn, RandomState, objective, preserved_random_state
+from deepzero_core.perturb.evaluator import BasePass, Chunk, Situation
+from deepzero_core.perturb.objective import RandomState, objective, preserved_random_state
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SeparateEvaluator:
     """Runs the module itself, with the random numbers of the base pass."""
 
     module: nn.Module
-    loss_fn: LossFn
+    situation: Situation
     untraced: str | None = None
 
     def base(
@@ -31,7 +31,7 @@ class SeparateEvaluator:
         state = RandomState()
         before = {name: buffer.clone() for name, buffer in buffers.items()}
         with torch.no_grad():
-            result = objective(self.module, parameters, before, inputs, targets, self.loss_fn)
+            result = objective(self.module, parameters, before, inputs, targets, self.situation.loss_fn)
         cache = _Batch(before, inputs, targets)
         return BasePass(result.loss, result.outputs, result.buffers, parameters, cache, state)
 
@@ -44,7 +44,9 @@ class SeparateEvaluator:
                 moved[chunk.name] = moved[chunk.name].clone(memory_format=torch.contiguous_format)
                 moved[chunk.name].view(-1)[index] += step
                 base.random_state.restore()
-                result = objective(self.module, moved, batch.buffers, batch.inputs, batch.targets, self.loss_fn)
+                result = objective(
+                    self.module, moved, batch.buffers, batch.inputs, batch.targets, self.situation.loss_fn
+                )
                 losses.append(result.loss - base.loss)
         return torch.stack(losses)
 

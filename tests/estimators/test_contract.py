@@ -341,3 +341,17 @@ def test_evaluator_is_reused_with_new_values() -> None:
         assert torch.equal(kept.gradients[name], gradient)
     for name, buffer in fresh.buffers.items():
         assert torch.equal(kept.buffers[name], buffer)
+
+
+def test_an_evaluator_is_refused_for_another_mode_shape_or_loss() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    inputs, targets = torch.randn(6, 4), torch.randint(2, (6,))
+    evaluator = prepare(module, inputs, targets, F.cross_entropy)
+    assert cge(module, inputs, targets, F.cross_entropy, evaluator=evaluator).queries > 1
+    with pytest.raises(RequestError, match="prepared for another"):
+        cge(module, inputs[:5], targets[:5], F.cross_entropy, evaluator=evaluator)
+    with pytest.raises(RequestError, match="prepared for another"):
+        cge(module, inputs, targets, F.multi_margin_loss, evaluator=evaluator)
+    with pytest.raises(RequestError, match="prepared for another"):
+        cge(module.eval(), inputs, targets, F.cross_entropy, evaluator=evaluator)

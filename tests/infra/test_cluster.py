@@ -1,9 +1,11 @@
 """Connecting to Dask: local workers, a running scheduler, and nobody at the address."""
 
+import http.server
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +85,16 @@ def test_something_else_at_the_address_is_no_scheduler() -> None:
         address = f"tcp://127.0.0.1:{deaf.getsockname()[1]}"
         with pytest.raises(RequestError, match="no Dask scheduler answers"), connect(1, address, 2):
             pass
+
+
+def test_a_web_server_at_the_address_is_no_scheduler() -> None:
+    """The port of Dask's dashboard is easily taken for that of its scheduler."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.server_port}"
+        with pytest.raises(RequestError, match="no Dask scheduler answers"), connect(1, address, 2):
+            pass
+        server.shutdown()
 
 
 def python(*arguments: str) -> "subprocess.Popen[bytes]":

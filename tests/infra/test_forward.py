@@ -66,7 +66,7 @@ def small(store: Path) -> Problem:
 @pytest.fixture
 def slow(store: Path) -> Problem:
     """A step of a second or more, so that it can be interrupted."""
-    return problem(store, depth=3, width=14, batch_size=128)
+    return problem(store, depth=3, width=10, batch_size=128)
 
 
 def batch_of(batches: BatchSource, number: int) -> Batch:
@@ -142,9 +142,9 @@ def test_workers_keep_prefect_and_mlflow_out_and_compute_on_one_thread(small: Pr
     with DistributedCGE(two, small) as source:
         source.estimate(small.build_module().train(), batch_of(small.build_batches(), 0), None)
         loaded = two.run(lambda: sorted({"prefect", "mlflow", "torch"} & set(__import__("sys").modules)))
-        threads = two.run(lambda: __import__("torch").get_num_threads())
+        threads = [two.submit(torch.get_num_threads, pure=False).result() for _ in range(4)]
     assert set(map(tuple, loaded.values())) == {("torch",)}
-    assert set(threads.values()) == {1}
+    assert set(threads) == {1}
 
 
 def test_nothing_is_left_on_the_cluster(small: Problem, two: Client) -> None:
@@ -214,35 +214,23 @@ def test_all_workers_killed_at_once_change_no_bit(slow: Problem, caplog: pytest.
 
 def test_workers_that_fall_silent_end_the_step_with_a_count(slow: Problem) -> None:
     module, batch = slow.build_module().train(), batch_of(slow.build_batches(), 0)
-    with connect(2, None, 60) as client, DistributedCGE(client, slow, timeout_s=3) as source:
+    with connect(2, None, 60) as client, DistributedCGE(client, slow) as source:
+        source.estimate(module, batch, None)
+        source.timeout_s = 4
         stopped = [psutil.Process(pid) for pid in pids(client)]
         while_it_runs(client, lambda: [process.suspend() for process in stopped])
         started = time.monotonic()
         with pytest.raises(WorkError) as failure:
             source.estimate(module, batch, None)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 30
         for process in stopped:
             process.resume()
     found = re.fullmatch(
-        r"no answer from the 2 Dask workers for 3 s \((\d+) of (\d+) ranges of this step are done\)",
+        r"no answer from the 2 Dask workers for 4 s \((\d+) of (\d+) ranges of this step are done\)",
         str(failure.value),
     )
     assert found, str(failure.value)
     assert 1 <= int(found[1]) < int(found[2]) == RANGES
-
-
-class Poisonous(nn.Module):
-    """A network that ends the process of every worker that runs it."""
-
-    def __init__(self, main: int) -> None:
-        super().__init__()
-        self.main = main
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if os.getpid() != self.main:
-            os._exit(3)
-        return self.linear(x.flatten(1))
 
 
 def test_a_network_that_kills_its_workers_is_a_failure_of_the_work(
@@ -255,7 +243,7 @@ def test_a_network_that_kills_its_workers_is_a_failure_of_the_work(
         "        super().__init__()\n"
         "        self.main, self.linear = main, torch.nn.Linear(64, 10)\n"
         "    def forward(self, x):\n"
-        "        if os.getpid() != self.main:\n"
+        "        if self.training and os.getpid() != self.main:\n"
         "            os._exit(3)\n"
         "        return self.linear(x.flatten(1))\n"
     )
@@ -266,9 +254,12 @@ def test_a_network_that_kills_its_workers_is_a_failure_of_the_work(
     model = {**plain.model, "name": "poisonous:Poisonous", "arguments": {"main": os.getpid()}}
     deadly = Problem(plain.store, plain.batches, model, plain.mu, plain.difference, plain.memory)
     module, batch = deadly.build_module().train(), batch_of(deadly.build_batches(), 0)
-    with connect(1, None, 60) as client, DistributedCGE(client, deadly) as source:
-        with pytest.raises(WorkError, match=r"coordinate range .* died"):
-            source.estimate(module, batch, None)
+    with (
+        connect(1, None, 60) as client,
+        DistributedCGE(client, deadly) as source,
+        pytest.raises(WorkError, match=r"a coordinate range was tried on 6 Dask workers and every one of them died"),
+    ):
+        source.estimate(module, batch, None)
 
 
 @given(costs=st.lists(st.floats(1e-6, 1e6), max_size=200), groups=st.integers(1, 20))

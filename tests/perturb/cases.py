@@ -71,6 +71,7 @@ ACTIVATIONS = {
     "cumsum": lambda y: y.cumsum(1), "sort": lambda y: y.sort(1).values, "logsumexp": lambda y: y.logsumexp(1, keepdim=True),
     "amax": lambda y: y.amax(1, keepdim=True), "in_place": lambda y: y.relu_().mul_(2), "written_slice": lambda y: written(y),
     "where": lambda y: torch.where(y > 0, y, 0.1 * y), "self_product": lambda y: y.unsqueeze(2) @ y.unsqueeze(1),
+    "negative": lambda y: -y, "square": torch.square, "cube": lambda y: y**3,
     "divide": lambda y: y / (2 + y.square()), "chunks": lambda y: torch.cat([c * i for i, c in enumerate(y.chunk(3, 1), 1)], 1),
     "unbind": lambda y: torch.stack(y.unbind(1)[::2], 1), "roll": lambda y: y.roll(1, 1) * y, "flip": lambda y: y.flip(1) * y,
     "variance": lambda y: y.var(1, keepdim=True), "batch_mean": lambda y: y - y.mean(0), "einsum": lambda y: torch.einsum("bi,bj->bij", y, y),
@@ -241,7 +242,12 @@ def smoothed_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, label_smoothing=0.1, reduction="none")
 
 
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(outputs, F.one_hot(targets, outputs.shape[1]).to(outputs.dtype))
+
+
 NETWORKS = [
+    Case("squared_error", SharedConvolution, (4, 2, 5, 5), squared_error, classes=2),
     Case("residual", Residual, (4, 2, 6, 6), F.cross_entropy, classes=4),
     Case("concatenating", Concatenating, (3, 2, 6, 6), F.cross_entropy, classes=3),
     Case("small_vit", SmallViT, (3, 1, 4, 4), F.cross_entropy, classes=3),

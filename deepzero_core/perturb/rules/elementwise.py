@@ -4,6 +4,8 @@
     a ± s·b:     Δ = δa ± s·δb
     a·b:         Δ = δa·b + a·δb + δa·δb
     a/b:         Δ = δa/b                      (b unchanged)
+    −a:          Δ = −δa
+    a²:          Δ = (2a + δa)·δa
 
 The named forms do not cancel: their rounding is relative to δ, not to y.
 """
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepzero_core.perturb.changes import Block, Change, OneHot, dense, difference, one_hot_block, take
-from deepzero_core.perturb.rules.registry import Call, Result, Rule, find, rule
+from deepzero_core.perturb.rules.registry import Call, Result, Rule, find, only_change, rule
 
 aten = torch.ops.aten
 
@@ -144,3 +146,39 @@ def quotient_of_two(call: Call) -> Result:
         return None
     quotient = (aligned.deltas[0] / aligned.bases[1]).to(call.output.dtype)
     return Change(quotient.expand(aligned.shape), aligned.block)
+
+
+@rule(aten.neg.default)
+def negative(call: Call) -> Result:
+    """Δ(−a) = −δa."""
+    change = only_change(call)
+    return Change(-change.delta, change.block) if change else None
+
+
+@rule(aten.pow.Tensor_Scalar)
+def power(call: Call) -> Result:
+    """Δ(a²) = (2a + δa)·δa; other exponents are pointwise."""
+    change = only_change(call)
+    if change is None or call.args[1] != 2 or not call.output.is_floating_point():
+        return _pointwise(call)
+    base = take(call.args[0], change.block, change.width if change.block else 0)
+    return Change(torch.add(change.delta, base, alpha=2) * change.delta, change.block)
+
+
+@rule(aten.mse_loss.default)
+def squared_error(call: Call) -> Result:
+    """Δ(y − t)² = (2(y − t) + δ)·δ, then its mean or sum; t unchanged."""
+    change = only_change(call)
+    if change is None or call.args[0].shape != call.args[1].shape:
+        return None
+    delta = dense(change, call.args[0].shape)
+    error = call.once("error", lambda: call.args[0] - call.args[1])
+    squared = torch.add(delta, error, alpha=2) * delta
+    axes = list(range(1, squared.ndim))
+    match call.argument(2, 1):
+        case 0:
+            return Change(squared)
+        case 1:
+            return Change(squared.mean(axes) if axes else squared)
+        case _:
+            return Change(squared.sum(axes) if axes else squared)
