@@ -1,6 +1,7 @@
 """What `deepzero run` does: look before it leaps, run the flow, show the result."""
 
 import logging
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.schema import Experiment
+from deepzero_core.errors import RequestError
 from flows.results import conclude
 from infra import orchestration
 from infra.home import home
@@ -33,6 +35,7 @@ def execute(flow_name: str, experiment: Experiment, *, json_file: Path | None, d
     _plan(flow_name, experiment, home())
     orchestration.configure()
     _show_warnings()
+    signal.signal(signal.SIGTERM, _stopped)
     from flows.classify import classify
     from flows.pipeline import pipeline
     from tasks.stage import write_atomically
@@ -69,6 +72,9 @@ def _plan(flow_name: str, experiment: Experiment, base: Path) -> Table:
         "rge": 1 + sides * experiment.estimator.queries,
         "forward-gradient": 1 + experiment.estimator.queries,
     }.get(training.method, 1)
+    budget = training.query_budget
+    if budget is not None and budget < per_step and per_step > 1:
+        raise RequestError(f"training.query_budget={budget} does not pay for one step, which spends {per_step:,} queries")
     rows = {
         "flow": flow_name,
         "data": f"{data.name}: " + ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items()),
@@ -82,6 +88,11 @@ def _plan(flow_name: str, experiment: Experiment, base: Path) -> Table:
     for label, text in rows.items():
         table.add_row(f"[bold]{label}", text)
     return table
+
+
+def _stopped(*_: object) -> None:
+    """An orderly end for SIGTERM: Prefect marks the run and sends the signal again; its server has to end, too."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _show_warnings() -> None:

@@ -235,13 +235,18 @@ class DistributedCGE:
             self._wait(futures)
             results: list[list[np.ndarray]] = self.client.gather(list(futures))
             return results
-        except KilledWorker as error:
-            raise WorkError(
-                f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and every one of them died; "
-                "look at their memory, or take a smaller estimator.memory_mib"
-            ) from error
-        except (CancelledError, OSError) as error:
-            raise WorkError(f"the Dask scheduler at {self.client.scheduler.address} was lost in the middle of a step") from error
+        except BaseException as error:
+            if self.client.status == "running":
+                self.client.cancel(list(futures))  # nobody waits for them any more
+            if isinstance(error, KilledWorker):
+                raise WorkError(
+                    f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and each of them died; "
+                    "see to their memory, or take a smaller estimator.memory_mib"
+                ) from error
+            if isinstance(error, CancelledError | OSError):
+                address = self.client.scheduler.address
+                raise WorkError(f"the Dask scheduler at {address} was lost in the middle of a step") from error
+            raise
 
     def _wait(self, futures: Sequence[Future]) -> None:
         """Wait as long as ranges keep coming back; the time-out starts again with each of them."""
@@ -255,7 +260,7 @@ class DistributedCGE:
                 if done > finished:
                     finished, heard = done, time.monotonic()
                 if time.monotonic() - heard > self.timeout_s:
-                    workers = len(self.client.scheduler_info(n_workers=-1)["workers"])
+                    workers = len(self.client.scheduler_info(n_workers=-1).get("workers", ()))  # none: the scheduler is gone
                     raise WorkError(
                         f"no answer from the {workers} Dask workers for {self.timeout_s:g} s "
                         f"({finished} of {len(futures)} ranges of this step are done)"

@@ -25,6 +25,7 @@ from tasks.history import read
 from tasks.records import Certified, Evaluated, MethodResult, Pruned
 
 DPI = 150
+_DECADE = 10.0
 
 _BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 _PURPLE, _SKY, _BLACK, _GREY = "#CC79A7", "#56B4E9", "#000000", "#8A8F98"
@@ -123,21 +124,21 @@ def learning_curves(results: Sequence[MethodResult], path: Path) -> None:
     """Training loss, smoothed over the raw one, and test accuracy, against steps: one line per method."""
     with _figure(path, (9.6, 4.2)) as figure:
         left, right = figure.subplots(1, 2, sharex=True)
-        positive = True
+        lowest, highest = np.inf, 0.0
         for index, result in enumerate(results):
             history, line = read_history(result.trained.history), _line(index)
             width = max(1, len(history.steps) // 40) | 1
             if len(results) <= 2:
                 left.plot(history.steps, history.loss, color=line["color"], alpha=0.22, linewidth=0.8)
             left.plot(history.steps, smooth(history.loss, width), label=method_name(result), **line)
-            right.plot(history.test_steps, history.test_accuracy, marker=_MARKERS[index % 7], markevery=0.12, **line)
-            positive = positive and bool((history.loss > 0).all()) and len(history.loss) > 0
+            right.plot(
+                history.test_steps, history.test_accuracy, marker=_MARKERS[index % 7], markevery=_every(history), **line
+            )
+            lowest, highest = min(lowest, *history.loss), max(highest, *history.loss)
         left.set(title="Training loss", xlabel="step", ylabel="cross-entropy (nats)")
-        if positive:
+        if 0 < _DECADE * lowest < highest:
             left.set_yscale("log")
             _plain_log_axis(left)
-        else:
-            left.set_ylim(bottom=0)
         right.set(title="Test accuracy", xlabel="step", ylabel="test accuracy")
         left.set_xlim(left=0)
         left.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -230,7 +231,7 @@ def accuracy_against_queries(results: Sequence[MethodResult], path: Path) -> Non
                 history.test_accuracy[spent],
                 label=method_name(result),
                 marker=_MARKERS[index % 7],
-                markevery=0.08,
+                markevery=_every(history),
                 **_line(index),
             )
         axes.set_xscale("log")
@@ -293,7 +294,6 @@ def loss_overlay(estimated: MethodResult, exact: MethodResult, path: Path) -> No
         above.plot(second.steps, second.loss, color=_ORANGE, linewidth=3.2, alpha=0.75, label=method_name(exact))
         above.plot(first.steps, first.loss, color=_BLUE, linewidth=1.1, label=method_name(estimated))
         above.set(title="Training loss, batch by batch", ylabel="cross-entropy (nats)")
-        above.set_ylim(bottom=0)
         below.axhline(0, color=_GREY, linewidth=1)
         below.plot(steps, difference, color=_BLACK, linewidth=0.9)
         largest = float(np.abs(difference).max()) if len(difference) else 0.0
@@ -304,6 +304,11 @@ def loss_overlay(estimated: MethodResult, exact: MethodResult, path: Path) -> No
         below.set(xlabel="step", ylabel="difference (nats)")
         below.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         _legend_below(figure, above, columns=2)
+
+
+def _every(history: Curves) -> int:
+    """Markers on about a dozen evaluations, on each where they are fewer."""
+    return max(1, len(history.test_steps) // 12)
 
 
 def _line(index: int) -> dict[str, Any]:

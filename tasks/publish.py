@@ -48,11 +48,18 @@ def report(
         notes=notes,
     )
     run.artifact(reported.folder, "report")
+    run.dataset(prepared.name, prepared.digest, prepared.counts)
+    run.tags({"mlflow.note.content": _headline(reported)})
     run.metrics(_summary(results, certified), step=0)
     run.flush()
     create_link_artifact(url, key="mlflow-run", link_text="MLflow run", description="Metrics, artifacts and the model")
     create_markdown_artifact(reported.markdown.read_text(encoding="utf-8"), key="report", description=experiment.name)
     return reported
+
+
+def _headline(reported: Reported) -> str:
+    """Title and numbers: the Markdown report up to its first picture."""
+    return reported.markdown.read_text(encoding="utf-8").partition("\n## Learning curves")[0]
 
 
 def _deployable(experiment: Experiment, prepared: Prepared, result: MethodResult) -> tuple[Normalised, torch.Tensor]:

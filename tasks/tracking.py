@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
 
 from deepzero_core.errors import RequestError, WorkError
 from tasks.environment import environment, git_state
@@ -197,6 +197,16 @@ class Run:
         """Write an artifact `name`, such as config/experiment.yaml."""
         with recording(f"artifact {name}"):
             self._client.log_text(self.run_id, text, name)
+
+    def dataset(self, name: str, digest: str, facts: Mapping[str, object]) -> None:
+        """Show the data that the run reads; `facts`, such as counts and licence, are shown with it."""
+        profile, source = json.dumps(facts, default=str), json.dumps({"name": name})
+        # MLflow takes 36 characters of a digest.
+        dataset = Dataset(name=name, digest=digest[:36], source_type="deepzero", source=source, profile=profile)
+        with recording(f"data set {name!r}"):
+            self._client.log_inputs(
+                self.run_id, datasets=[DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])]
+            )
 
     def model(self, module: "nn.Module", example: "Tensor", name: str) -> str:
         """Log a network so that `mlflow.pytorch.load_model(uri)` gives back its scores, for any size of batch.

@@ -22,6 +22,7 @@ from deepzero_core import GradientEstimate, draw_masks
 from deepzero_core.data import BatchSource, prepare
 from deepzero_core.errors import WorkError
 from deepzero_core.training import Batch, CGESource, Schedule, Trainer, TrainingSettings
+from infra import cluster
 from infra.cluster import connect
 from infra.forward import RANGES, DistributedCGE, Problem, balanced
 
@@ -215,18 +216,20 @@ def test_all_workers_killed_at_once_change_no_bit(slow: Problem, caplog: pytest.
 def test_workers_that_fall_silent_end_the_step_with_a_count(slow: Problem) -> None:
     module, batch = slow.build_module().train(), batch_of(slow.build_batches(), 0)
     with connect(2, None, 60) as client, DistributedCGE(client, slow) as source:
-        source.estimate(module, batch, None)
-        source.timeout_s = 4
         stopped = [psutil.Process(pid) for pid in pids(client)]
-        while_it_runs(client, lambda: [process.suspend() for process in stopped])
-        started = time.monotonic()
+
+        def silence() -> None:
+            for process in stopped:
+                process.suspend()
+            source.timeout_s = 2
+
+        while_it_runs(client, silence)
         with pytest.raises(WorkError) as failure:
             source.estimate(module, batch, None)
-        assert time.monotonic() - started < 30
         for process in stopped:
             process.resume()
     found = re.fullmatch(
-        r"no answer from the 2 Dask workers for 4 s \((\d+) of (\d+) ranges of this step are done\)",
+        r"no answer from the 2 Dask workers for 2 s \((\d+) of (\d+) ranges of this step are done\)",
         str(failure.value),
     )
     assert found, str(failure.value)
@@ -248,6 +251,7 @@ def test_a_network_that_kills_its_workers_is_a_failure_of_the_work(
         "        return self.linear(x.flatten(1))\n"
     )
     (tmp_path / "poisonous.py").write_text(code)
+    monkeypatch.setitem(cluster._SETTINGS, "distributed.scheduler.allowed-failures", 1)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     plain = problem(store)
@@ -257,7 +261,7 @@ def test_a_network_that_kills_its_workers_is_a_failure_of_the_work(
     with (
         connect(1, None, 60) as client,
         DistributedCGE(client, deadly) as source,
-        pytest.raises(WorkError, match=r"a coordinate range was tried on 6 Dask workers and every one of them died"),
+        pytest.raises(WorkError, match=r"a coordinate range was tried on 2 Dask workers and each of them died"),
     ):
         source.estimate(module, batch, None)
 

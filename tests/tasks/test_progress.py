@@ -1,0 +1,63 @@
+"""What a stage shows: plain lines where there is no terminal, one line when it is done."""
+
+import io
+import re
+import sys
+
+import pytest
+
+from tasks import progress
+from tasks.progress import Progress, concluded, skipped
+
+
+def test_a_stage_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    concluded("train cge", 83.4)
+    skipped("evaluate cge")
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"train cge +done in 1:23", lines[0])
+    assert re.fullmatch(r"evaluate cge +unchanged, skipped", lines[1])
+    assert lines[0].index("done") == lines[1].index("unchanged"), "in columns"
+
+
+def test_a_long_title_keeps_its_distance(capsys: pytest.CaptureFixture[str]) -> None:
+    concluded("evaluate first-order-sparse-gradients", 0.2)
+    assert re.fullmatch(r"evaluate first-order-sparse-gradients +done in 0:00\n", capsys.readouterr().out)
+
+
+def test_where_there_is_no_terminal_a_line_comes_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_PLAIN_EVERY_S", 0.0)
+    with Progress("train cge", total=10, done=6) as bar:
+        bar.advance("loss 0.5")
+        bar.advance("loss 0.4")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"train cge +7 of 10, loss 0\.5, 0:00 left", lines[0])
+    assert re.fullmatch(r"train cge +8 of 10, loss 0\.4, 0:00 left", lines[1])
+
+
+def test_a_quick_stage_prints_nothing_on_its_way(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("certify", total=100) as bar:
+        for _ in range(100):
+            bar.advance()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_shows_a_bar_with_the_time_left_and_clears_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    for name, value in {"TERM": "xterm", "COLUMNS": "120"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR", "CI"):
+        monkeypatch.delenv(name, raising=False)
+    with Progress("train cge", total=4) as bar:
+        for _ in range(3):
+            bar.advance("loss 0.25")
+    shown = screen.getvalue()
+    assert "3/4" in shown and "left" in shown and "loss 0.25" in shown
+    assert shown.rstrip().endswith("\x1b[2K"), "the bar gives way to the line that concludes the stage"
