@@ -260,7 +260,8 @@ class DistributedCGE:
                 if done > finished:
                     finished, heard = done, time.monotonic()
                 if time.monotonic() - heard > self.timeout_s:
-                    workers = len(self.client.scheduler_info(n_workers=-1).get("workers", ()))  # none: the scheduler is gone
+                    # None of them: the scheduler is gone.
+                    workers = len(self.client.scheduler_info(n_workers=-1).get("workers", ()))
                     raise WorkError(
                         f"no answer from the {workers} Dask workers for {self.timeout_s:g} s "
                         f"({finished} of {len(futures)} ranges of this step are done)"
@@ -284,7 +285,7 @@ def balanced(costs: Sequence[float], groups: int) -> list[list[int]]:
     for position, cost in enumerate(costs):
         current.append(position)
         spent += cost
-        if spent >= total * (len(runs) + 1) / groups - 1e-12 * total:
+        if len(runs) + 1 < groups and spent >= total * (len(runs) + 1) / groups - 1e-12 * total:
             runs.append(current)
             current = []
     return [*runs, current] if current else runs

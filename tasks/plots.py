@@ -131,10 +131,8 @@ def learning_curves(results: Sequence[MethodResult], path: Path) -> None:
             if len(results) <= 2:
                 left.plot(history.steps, history.loss, color=line["color"], alpha=0.22, linewidth=0.8)
             left.plot(history.steps, smooth(history.loss, width), label=method_name(result), **line)
-            line["markevery"] = _every(history)
-            right.plot(history.test_steps, history.test_accuracy, marker=_MARKERS[index % 7], **line)
-                history.test_steps, history.test_accuracy, marker=_MARKERS[index % 7], markevery=_every(history), **line
-            )
+            line |= {"marker": _MARKERS[index % 7], "markevery": _every(history)}
+            right.plot(history.test_steps, history.test_accuracy, **line)
             lowest, highest = min(lowest, *history.loss), max(highest, *history.loss)
         left.set(title="Training loss", xlabel="step", ylabel="cross-entropy (nats)")
         if 0 < _DECADE * lowest < highest:
