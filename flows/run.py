@@ -74,7 +74,9 @@ def _plan(flow_name: str, experiment: Experiment, base: Path) -> Table:
     }.get(training.method, 1)
     budget = training.query_budget
     if budget is not None and budget < per_step and per_step > 1:
-        raise RequestError(f"training.query_budget={budget} does not pay for one step, which spends {per_step:,} queries")
+        raise RequestError(
+            f"training.query_budget={budget} does not pay for one step, which spends {per_step:,} queries"
+        )
     rows = {
         "flow": flow_name,
         "data": f"{data.name}: " + ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items()),

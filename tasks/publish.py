@@ -1,5 +1,7 @@
 """Stage: write the report, and give run, network and report to MLflow and Prefect."""
 
+import time
+
 import torch
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -12,6 +14,7 @@ from deepzero_core.models import Normalised
 from infra.home import home
 from tasks.environment import environment
 from tasks.evaluate import trained_module
+from tasks.progress import concluded
 from tasks.records import Certified, MethodResult, Prepared, Pruned, Reported
 from tasks.report import write_report
 from tasks.stage import Tracking
@@ -28,6 +31,7 @@ def report(
     certified: Certified | None = None,
 ) -> Reported:
     """The report of a flow run; the first result is the experiment's own method, whose network is logged."""
+    started = time.monotonic()
     url = run_url(tracking.experiment_id, tracking.run_id)
     run = Run.resume(tracking.run_id)
     notes = []
@@ -54,6 +58,7 @@ def report(
     run.flush()
     create_link_artifact(url, key="mlflow-run", link_text="MLflow run", description="Metrics, artifacts and the model")
     create_markdown_artifact(reported.markdown.read_text(encoding="utf-8"), key="report", description=experiment.name)
+    concluded("report", time.monotonic() - started)
     return reported
 
 
