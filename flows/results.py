@@ -45,14 +45,7 @@ def conclude(console: Console, result_file: Path) -> None:
 
     result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
     methods = methods_table(result["methods"])
-    table = Table(
-        title=result["title"],
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = Table(title=result["title"], title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for column in methods.columns:
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for row in methods.rows:
