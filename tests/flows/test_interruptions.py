@@ -85,6 +85,7 @@ def test_killed_at_any_step_and_by_a_lost_worker_it_ends_with_the_same_bits(
     assert statuses == {"KILLED": 1, "FINISHED": 1}, "what the kill left RUNNING is ended by the next run"
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_ends_its_runs_and_goes_on_later(
     new_home: Callable[[str], Any], run: list[str], end: Any
 ) -> None:

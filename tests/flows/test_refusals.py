@@ -31,20 +31,22 @@ def test_a_wrong_configuration_is_refused_before_anything_is_created(fresh_home:
     assert not fresh_home.path.exists()
 
 
-def test_missing_files_of_a_data_set_are_named_with_their_folder(fresh_home: Any, tmp_path: Path) -> None:
-    completed = fresh_home.run(
-        "run", "classify", "--config", "cifar10-cnn", "--set", f"data.source={tmp_path}", "--set", "data.name=cifar10"
-    )
-    assert_refused(completed, r"data_batch_1|cifar-10-batches-py|cifar-10-python", re.escape(str(tmp_path)))
-    assert not fresh_home.path.exists(), "nothing is created for a request that cannot be met"
-
-
 def test_a_dry_run_shows_the_plan_and_creates_nothing(fresh_home: Any) -> None:
     completed = fresh_home.done("run", "pipeline", "--config", "smoke", "--dry-run")
     assert completed.stderr == ""
     for fact in ("digits: 1,437 train, 360 test", "cge, 4 steps of 32 examples", "per step"):
         assert fact in completed.stdout
     assert not fresh_home.path.exists()
+
+
+def test_missing_files_of_a_data_set_are_named_with_their_folder(fresh_home: Any, tmp_path: Path) -> None:
+    completed = fresh_home.run(
+        "run", "classify", "--config", "cifar10-cnn", "--set", f"data.source={tmp_path}", "--set", "data.name=cifar10"
+    )
+    assert_refused(completed, r"data_batch_1|cifar-10-batches-py|cifar-10-python", re.escape(str(tmp_path)))
+    assert not [path for path in fresh_home.path.rglob("*") if path.is_file()], (
+        "nothing that would have to be cleared up"
+    )
 
 
 def test_a_network_that_does_not_fit_is_refused(new_home: Callable[[str], Any]) -> None:

@@ -111,7 +111,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, "su
     scratch = str(tmp_path_factory.mktemp("dask"))
     scheduler = python("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard")
     worker = python(
-        "distributed.cli.dask_worker", f"tcp://{address}", "--nthreads", "1", "--no-dashboard", "--local-directory", scratch
+        "distributed.cli.dask_worker",
+        f"tcp://{address}",
+        "--nthreads",
+        "1",
+        "--no-dashboard",
+        "--local-directory",
+        scratch,
     )
     try:
         yield f"tcp://{address}", scheduler

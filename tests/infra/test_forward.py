@@ -34,7 +34,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare("digits", home=tmp_path_factory.mktemp("digits")).path
 
 
-def problem(store: Path, *, depth: int = 1, width: int = 4, batch_size: int = 16, difference: str = "forward") -> Problem:
+def problem(
+    store: Path, *, depth: int = 1, width: int = 4, batch_size: int = 16, difference: str = "forward"
+) -> Problem:
     return Problem(
         store=store,
         batches={
@@ -75,7 +77,9 @@ def batch_of(batches: BatchSource, number: int) -> Batch:
     return Batch(number, epoch, index, *batches.batch(epoch, index))
 
 
-def here(problem: Problem, module: nn.Module, batch: Batch, coordinates: dict[str, torch.Tensor] | None) -> GradientEstimate:
+def here(
+    problem: Problem, module: nn.Module, batch: Batch, coordinates: dict[str, torch.Tensor] | None
+) -> GradientEstimate:
     source = CGESource(F.cross_entropy, problem.mu, problem.difference, problem.memory)
     return source.estimate(module, batch, coordinates)
 

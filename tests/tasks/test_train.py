@@ -66,7 +66,10 @@ def in_home(
 
 
 def pruned(folder: Path) -> Pruned:
-    scores = {"block1.conv.weight": torch.arange(36.0).view(4, 1, 3, 3), "linear.weight": torch.arange(40.0).view(10, 4)}
+    scores = {
+        "block1.conv.weight": torch.arange(36.0).view(4, 1, 3, 3),
+        "linear.weight": torch.arange(40.0).view(10, 4),
+    }
     torch.save(scores, folder / "scores.pt")
     return Pruned(
         folder=folder, method="random", sparsity=0.6, ratios=RATIOS, sizes={}, coordinates=0, queries=0, seconds=0.0
@@ -140,7 +143,9 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_no_bits(
     capsys.readouterr()
     resumed = in_home("cut")
     assert re.search(
-        rf"^warning: checkpoint {re.escape(str(newest))} is damaged: .*; using an older one$", capsys.readouterr().err, re.M
+        rf"^warning: checkpoint {re.escape(str(newest))} is damaged: .*; using an older one$",
+        capsys.readouterr().err,
+        re.M,
     )
     assert resumed.weights_digest == whole.weights_digest
     assert same_numbers(resumed.history, whole.history)

@@ -36,9 +36,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
 def batches(digits: ImageStore) -> BatchSource:
     """Three steps per epoch."""
     manifest = digits.manifest
-    return BatchSource(
-        digits.split("train"), batch_size=16, seed=5, mean=manifest.mean, std=manifest.std, limit=48
-    )
+    return BatchSource(digits.split("train"), batch_size=16, seed=5, mean=manifest.mean, std=manifest.std, limit=48)
 
 
 @pytest.fixture

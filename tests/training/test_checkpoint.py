@@ -48,11 +48,15 @@ def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DamagedCheckpointError, match=rf"{re.escape(str(tmp_path))}/a\.ckpt cannot be read: No such file"):
+    with pytest.raises(
+        DamagedCheckpointError, match=rf"{re.escape(str(tmp_path))}/a\.ckpt cannot be read: No such file"
+    ):
         load(tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"garbage\n", b"\x80\x02}q\x00.", b"deepzero-checkpoint 1 ", bytes(5000)])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"garbage\n", b"\x80\x02}q\x00.", b"deepzero-checkpoint 1 ", bytes(5000)]
+)
 def test_garbage_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.ckpt").write_bytes(content)
     with pytest.raises(DamagedCheckpointError, match=r"a\.ckpt is (not a deepzero checkpoint|damaged)"):

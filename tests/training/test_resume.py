@@ -146,7 +146,9 @@ def test_a_state_of_other_ratios_is_refused(
 def test_a_state_of_another_network_is_refused(
     batches: BatchSource, settings: MakeSettings, trained: dict[str, Any]
 ) -> None:
-    module = build_model("cnn", in_channels=1, num_classes=10, image_size=(8, 8), depth=1, width=3, arguments={}, seed=0)
+    module = build_model(
+        "cnn", in_channels=1, num_classes=10, image_size=(8, 8), depth=1, width=3, arguments={}, seed=0
+    )
     with pytest.raises(RequestError, match="the checkpoint is of another network"):
         Trainer(module, batches, SOURCES["first-order"](), settings()).restore(trained)
 
@@ -164,7 +166,9 @@ def test_golden_trajectory(batches: BatchSource, golden: Path) -> None:
 
     The tolerance is float32's after ten steps on another processor; a change of method shows in the first digits.
     """
-    module = build_model("cnn", in_channels=1, num_classes=10, image_size=(8, 8), depth=2, width=4, arguments={}, seed=0)
+    module = build_model(
+        "cnn", in_channels=1, num_classes=10, image_size=(8, 8), depth=2, width=4, arguments={}, seed=0
+    )
     plan = TrainingSettings(
         steps=10,
         schedule=Schedule(0.1, 10, 2),

@@ -1,6 +1,7 @@
 """The training loop against a plain torch loop, its masks, budget, buffers and its refusal of what is not finite."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -93,9 +94,7 @@ def test_running_statistics_are_updated_once_per_step_by_the_base_pass(
         torch.testing.assert_close(module.norm.running_var, seen.norm.running_var, rtol=1e-5, atol=1e-7)
 
 
-def test_cge_follows_first_order_sparse_gradients(
-    network: Build, batches: BatchSource, settings: MakeSettings
-) -> None:
+def test_cge_follows_first_order_sparse_gradients(network: Build, batches: BatchSource, settings: MakeSettings) -> None:
     """Same masks, same batches, μ small: the trajectories coincide up to O(μ)."""
     plan = settings(steps=7, ratios=RATIOS)
     estimated, exact = network(dropout=0.0).double(), network(dropout=0.0).double()
@@ -147,7 +146,7 @@ def test_masks_are_redrawn_every_so_many_epochs_with_the_counts_of_the_ratios(
     for batch, masks in asked:
         assert {name: int(mask.sum()) for name, mask in masks.items()} == counts | whole
         assert batch.epoch == batch.number // 3 and batch.index == batch.number % 3
-    for (before, old), (after, new) in zip(asked, asked[1:], strict=False):
+    for (before, old), (after, new) in itertools.pairwise(asked):
         unchanged = before.epoch // every == after.epoch // every
         assert torch.equal(old["linear.weight"], new["linear.weight"]) == unchanged
 
@@ -167,9 +166,7 @@ def test_coordinates_that_are_not_estimated_move_only_by_weight_decay_and_moment
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop"])
-def test_masked_weights_stay_zero(
-    network: Build, batches: BatchSource, settings: MakeSettings, optimizer: str
-) -> None:
+def test_masked_weights_stay_zero(network: Build, batches: BatchSource, settings: MakeSettings, optimizer: str) -> None:
     module = network()
     masks = {
         name: mask
@@ -208,9 +205,7 @@ def test_the_query_budget_is_never_exceeded(
     assert list(trainer.run()) == [], "and going on spends nothing more"
 
 
-def test_a_budget_below_one_step_trains_nothing(
-    network: Build, batches: BatchSource, settings: MakeSettings
-) -> None:
+def test_a_budget_below_one_step_trains_nothing(network: Build, batches: BatchSource, settings: MakeSettings) -> None:
     module = network()
     before = copy.deepcopy(module.state_dict())
     source = RGESource(F.cross_entropy, directions=5, seed=0)
@@ -255,9 +250,7 @@ def test_what_is_not_finite_stops_before_the_step(
     assert issubclass(NonFiniteError, WorkError)
 
 
-def test_an_exploding_learning_rate_is_told(
-    network: Build, batches: BatchSource, settings: MakeSettings
-) -> None:
+def test_an_exploding_learning_rate_is_told(network: Build, batches: BatchSource, settings: MakeSettings) -> None:
     plan = settings(schedule=Schedule(1e25, 7, 0), steps=7)
     with pytest.raises(NonFiniteError, match=r"step \d: .*(is nan|is inf|is not finite) \(learning rate"):
         train(network(), batches, CGESource(F.cross_entropy), plan)
