@@ -258,12 +258,13 @@ class DistributedCGE:
                 wait_for(futures, timeout=min(5.0, self.timeout_s))
                 return
             except TimeoutError:
+                if self.client.status != "running":
+                    raise ConnectionError(f"the Dask client is {self.client.status}") from None
                 done = sum(future.done() for future in futures)
                 if done > finished:
                     finished, heard = done, time.monotonic()
                 if time.monotonic() - heard > self.timeout_s:
-                    # None of them: the scheduler is gone.
-                    workers = len(self.client.scheduler_info(n_workers=-1).get("workers", ()))
+                    workers = len(self.client.scheduler_info(n_workers=-1)["workers"])
                     raise WorkError(
                         f"no answer from the {workers} Dask workers for {self.timeout_s:g} s "
                         f"({finished} of {len(futures)} ranges of this step are done)"
