@@ -60,6 +60,8 @@ def _plan(flow_name: str, experiment: Experiment, base: Path) -> Table:
     prepared = Prepared.of_store(path)
     problem = problem_of(experiment, prepared)
     module, batches = problem.build_module(), problem.build_batches()
+    if experiment.pruning.method in ("grasp", "zo-grasp"):
+        batches.per_class(experiment.pruning.samples_per_class)
     sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
     maskable = sum(sizes[name] for name in maskable_parameters(module))
     training = experiment.training

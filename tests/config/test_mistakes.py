@@ -54,7 +54,7 @@ CASES = {
     "seed": (["seed=-1"], "seed must be greater than or equal to 0"),
     # impossible combinations
     "warm-up beyond the epochs": (["training.epochs=2"], "a warm-up of 3 epochs is longer than the run of 2"),
-    "warm-up beyond the steps": (["training.steps=20"], "a warm-up of 3 epochs, 33 steps, is longer than the run"),
+    "warm-up beyond the steps": (["training.steps=20"], "a warm-up of 3 epochs, 66 steps, is longer than the run"),
     "steps beyond the epochs": (["training.steps=1000000"], "training.steps: 1000000 steps are more than"),
     "sparse method without masks": (
         ["pruning.method=none", "training.method=first-order-sparse-weights", "baselines=[]"],
@@ -70,8 +70,8 @@ CASES = {
     "arguments of a built-in model": (["model.arguments.a=1"], "model.arguments: model 'cnn' takes none"),
     "batch beyond the data": (["data.batch_size=2000"], "a batch of 2000 cannot be filled from 1437 training examples"),
     "batch beyond the limit": (
-        ["data.train_limit=100", "pruning.samples_per_class=5"],
-        "a batch of 128 cannot be filled",
+        ["data.train_limit=50", "pruning.samples_per_class=5"],
+        "a batch of 64 cannot be filled",
     ),
     "samples beyond the data": (["pruning.samples_per_class=200"], "200 samples of 10 classes are more than the 1437"),
     "padding": (["data.crop_padding=8"], "data.crop_padding: 8 pixels of padding can push images of 8 pixels out"),

@@ -44,7 +44,7 @@ def test_cifar10_cnn_trains_the_papers_cnn_for_200_steps() -> None:
     experiment = configs.load("cifar10-cnn")
     assert (experiment.model.name, experiment.model.depth, experiment.data.name) == ("cnn", 2, "cifar10")
     per_epoch = steps_per_epoch(experiment)
-    assert per_epoch == 195
+    assert per_epoch == 390
     assert experiment.training.steps == 200 <= per_epoch * experiment.training.epochs
     assert experiment.baselines == ("first-order-sparse-gradients",)
 
