@@ -45,7 +45,7 @@ def test_prefect_server_imports_and_answers() -> None:
     assert callable(prefect.server.api.server.create_app)
     with get_client(sync_client=True) as client:
         # Null fields in the body of this very call are what later FastAPI versions refuse.
-        assert client.read_flow_runs(limit=1) == []
+        assert len(client.read_flow_runs(limit=1)) <= 1
         assert client.api_healthcheck() is None
 
 
