@@ -110,9 +110,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = [measure(f"CNN depth {depth}, dense, batch 128", depth, 128, options.repeats) for depth in (2, 5)]
+    rows = [measure(f"CNN {depth} blocks", depth, 128, options.repeats) for depth in (2, 5)]
     table = Table(box=box.SIMPLE_HEAD)
-    columns = ("case", "coordinates", "engine", "spread", "paper's feature reuse", "no reuse", "error at μ=1e-6")
+    columns = ("case", "coordinates", "engine", "spread", "feature reuse", "no reuse", "error")
     for column in columns:
         table.add_column(column, justify="left" if column == "case" else "right")
     for row in rows:
