@@ -113,7 +113,10 @@ def check_torch() -> list[Check]:
     result = _python(
         "import json, torch\n"
         "cuda = torch.cuda.is_available()\n"
-        "names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []\n"
+        "def described(i):\n"
+        "    try: return f'{torch.cuda.get_device_name(i)} ({torch.cuda.utilization(i)}% busy)'\n"
+        "    except ModuleNotFoundError: return torch.cuda.get_device_name(i)\n"
+        "names = [described(i) for i in range(torch.cuda.device_count())] if cuda else []\n"
         "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, 'devices': names}))"
     )
     if not result.ok:

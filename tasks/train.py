@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Experiment
 from deepzero_core.data import BatchSource
-from deepzero_core.errors import WorkError
+from deepzero_core.errors import RequestError, WorkError
 from deepzero_core.sparsity import top_masks
 from deepzero_core.training import (
     CGESource,
@@ -142,13 +142,16 @@ def _loop(stage: Stage, experiment: Experiment, trainer: Trainer, clock: _Clock,
                 accuracy = f", test accuracy {line['test_accuracy']:.1%}"
             if last or record.step % training.checkpoint_every == 0 or _overdue(saved_at):
                 history.flush()
-                save_step(
-                    stage.folder / "checkpoints", record.step, {"trainer": trainer.state(), "seconds": clock.seconds}
-                )
+                save_step(stage.folder / "checkpoints", record.step, _checkpoint(stage, trainer, clock))
                 stage.run.flush()
                 saved_at = time.monotonic()
             progress.advance(f"loss {record.loss:.3f}{accuracy}")
     stage.run.artifact(stage.folder / "history.jsonl", "history")
+
+
+def _checkpoint(stage: Stage, trainer: Trainer, clock: _Clock) -> dict[str, Any]:
+    """The stage's key is the digest of the configuration, the data and the code that the rest of the run needs."""
+    return {"trainer": trainer.state(), "seconds": clock.seconds, "config_digest": stage.folder.name}
 
 
 def _overdue(saved_at: float) -> bool:
@@ -203,6 +206,11 @@ def _resume(stage: Stage, trainer: Trainer) -> float:
         print(f"warning: {damage}; using an older one", file=sys.stderr)
     if found.state is None:
         return 0.0
+    if found.state["config_digest"] != stage.folder.name:
+        raise RequestError(
+            f"checkpoint {found.path} belongs to the configuration {found.state['config_digest']}, not to "
+            f"{stage.folder.name}: move it away, and the training starts anew"
+        )
     trainer.restore(found.state["trainer"])
     logger.info("resumed at step %d from %s", trainer.step, found.path)
     return float(found.state["seconds"])
