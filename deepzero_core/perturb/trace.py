@@ -120,11 +120,12 @@ def _kept_attributes(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _plain_operators() -> Iterator[None]:
-    """Trace attention as products and a softmax: its fused kernels have no rules and carry random state."""
+    """Trace attention as products and a softmax, and BatchNorm as one operator on every device: fused kernels have no
+    rules, and some carry random state. What the graph's convolutions run on is decided when it runs."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
