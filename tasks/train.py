@@ -145,6 +145,8 @@ def _loop(stage: Stage, experiment: Experiment, trainer: Trainer, clock: _Clock,
                 save_step(stage.folder / "checkpoints", record.step, _checkpoint(stage, trainer, clock))
                 stage.run.flush()
                 saved_at = time.monotonic()
+            if record.epoch_ends and not last and trainer.epoch % experiment.pruning.redraw_epochs == 0:
+                _log_masks(stage, trainer)
             progress.advance(f"loss {record.loss:.3f}{accuracy}")
     stage.run.artifact(stage.folder / "history.jsonl", "history")
 
@@ -217,7 +219,7 @@ def _resume(stage: Stage, trainer: Trainer) -> float:
 
 
 def _log_masks(stage: Stage, trainer: Trainer) -> None:
-    """The masks of the present epoch; those of every other epoch follow from ratios, seed and epoch."""
+    """The masks of the next step: a function of ratios, seed and epoch, kept to be looked at."""
     coordinates = trainer.coordinates()
     if coordinates is not None:
         path = stage.folder / f"masks-epoch-{trainer.epoch:04d}.pt"
