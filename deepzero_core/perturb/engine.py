@@ -49,6 +49,7 @@ class TracedEvaluator:
         self._trace = trace
         self._bytes: dict[str, int] = {}
         self._last_use = {name: _last_uses(nodes) for name, nodes in trace.reads.items()}
+        self._results_read = {node: trace.results_read(node) for nodes in trace.reads.values() for node in nodes}
 
     def base(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
@@ -90,7 +91,7 @@ class TracedEvaluator:
         peak = 0
         with torch.no_grad():
             for node in nodes:
-                live[node], passing = _change_of(node, base.cache, live, count, trace.results_read(node))
+                live[node], passing = _change_of(node, base.cache, live, count, self._results_read[node])
                 peak = max(peak, passing + sum(_bytes(change) for change in live.values()))
                 for used in last_use.get(node, ()):
                     live.pop(used, None)
