@@ -51,8 +51,9 @@ def execute(flow_name: str, experiment: Experiment, *, json_file: Path | None, d
 def _plan(flow_name: str, experiment: Experiment, base: Path) -> Table:
     """What will be done, from the real data and the real network: what cannot be built is refused here."""
     from deepzero_core.data import prepare
+    from deepzero_core.estimators.cge import queries
     from deepzero_core.sparsity import maskable_parameters
-    from tasks.problem import problem_of
+    from tasks.problem import problem_of, training_steps
     from tasks.records import Prepared
 
     data = experiment.data
@@ -65,14 +66,14 @@ def _plan(flow_name: str, experiment: Experiment, base: Path) -> Table:
     sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
     maskable = sum(sizes[name] for name in maskable_parameters(module))
     training = experiment.training
-    steps = min(training.epochs * batches.steps_per_epoch, training.steps or sys.maxsize)
+    steps = training_steps(experiment, batches)
     sparsity = experiment.pruning.sparsity if experiment.pruning.method != "none" else 0.0
     coordinates = sum(sizes.values()) - round(sparsity * maskable)
-    sides = 2 if experiment.estimator.difference == "central" else 1
+    estimator = experiment.estimator
     per_step = {
-        "cge": 1 + sides * coordinates,
-        "rge": 1 + sides * experiment.estimator.queries,
-        "forward-gradient": 1 + experiment.estimator.queries,
+        "cge": queries(coordinates, estimator.difference),
+        "rge": queries(estimator.queries, estimator.difference),
+        "forward-gradient": 1 + estimator.queries,
     }.get(training.method, 1)
     budget = training.query_budget
     if budget is not None and budget < per_step and per_step > 1:

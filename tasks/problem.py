@@ -47,3 +47,10 @@ def test_batches(experiment: Experiment, prepared: Prepared) -> BatchSource:
         std=store.manifest.std,
         limit=experiment.data.test_limit,
     )
+
+
+def training_steps(experiment: Experiment, batches: BatchSource) -> int:
+    """Steps of a whole training run: its epochs, or fewer where `training.steps` says so."""
+    training = experiment.training
+    steps = training.epochs * batches.steps_per_epoch
+    return steps if training.steps is None else min(steps, training.steps)

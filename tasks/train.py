@@ -38,7 +38,7 @@ from infra.cluster import connect
 from infra.forward import DistributedCGE, Problem
 from tasks.evaluate import score
 from tasks.history import History
-from tasks.problem import problem_of, test_batches
+from tasks.problem import problem_of, test_batches, training_steps
 from tasks.progress import Progress
 from tasks.records import Prepared, Pruned, Trained
 from tasks.stage import Stage, Tracking, perform, stage_task
@@ -230,7 +230,7 @@ def _log_masks(stage: Stage, trainer: Trainer) -> None:
 def _settings(experiment: Experiment, batches: BatchSource, pruned: Pruned, method: str) -> TrainingSettings:
     training = experiment.training
     per_epoch = batches.steps_per_epoch
-    steps = min(training.epochs * per_epoch, training.steps or sys.maxsize)
+    steps = training_steps(experiment, batches)
     warmup = min(training.schedule.warmup_epochs * per_epoch, steps)
     weight_masks = None
     if method == "first-order-sparse-weights":
