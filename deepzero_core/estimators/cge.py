@@ -46,7 +46,7 @@ def cge(
         mu: the smoothing parameter μ, in units of the parameters.
         coordinates: None (all trainable) or, by parameter name, a boolean mask or flat indices.
         difference: "forward" or "central".
-        precision: "float32": computed in the module's own type, never below.
+        precision: "float32", "bfloat16" or "value"; see `PRECISIONS`.
         memory: bytes of changes that may be held at once.
         evaluator: of an earlier `prepare` with the same module, shapes and mode; None prepares one.
 
@@ -67,7 +67,7 @@ def cge(
     base = evaluator.base(parameters, buffers, inputs, targets)
     slopes: dict[str, list[Tensor]] = {name: [] for name in chosen}
     for chunk in chunks(evaluator, base, chosen, memory):
-        slopes[chunk.name].append(slope(evaluator, base, chunk, mu, difference))
+        slopes[chunk.name].append(slope(evaluator, base, chunk, mu, difference, precision))
     values = {name: torch.cat(parts) for name, parts in slopes.items() if parts}
     return GradientEstimate(
         scatter(parameters, chosen, values),
@@ -78,11 +78,13 @@ def cge(
     )
 
 
-def slope(evaluator: Evaluator, base: BasePass, chunk: Chunk, mu: float, difference: str) -> Tensor:
+def slope(
+    evaluator: Evaluator, base: BasePass, chunk: Chunk, mu: float, difference: str, precision: str = "float32"
+) -> Tensor:
     """ĝ at the chunk's coordinates: [P]."""
-    above = evaluator.coordinates(base, chunk, mu)
+    above = evaluator.coordinates(base, chunk, mu, precision)
     if difference == "central":
-        return (above - evaluator.coordinates(base, chunk, -mu)) / (2 * mu)
+        return (above - evaluator.coordinates(base, chunk, -mu, precision)) / (2 * mu)
     return above / mu
 
 

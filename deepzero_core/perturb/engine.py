@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from deepzero_core.perturb.changes import OneHot, dense
+from deepzero_core.perturb.chain import Chain
+from deepzero_core.perturb.changes import Change, OneHot, dense, take
 from deepzero_core.perturb.evaluator import BasePass, Chunk, Situation
 from deepzero_core.perturb.objective import RandomState
 from deepzero_core.perturb.rules import Call, general
@@ -71,8 +72,8 @@ class TracedEvaluator:
                     values[node] = node.target(*_bases(node.args, values), **_bases(node.kwargs, values))
         return BasePass(*self._trace.unflatten(results), parameters, _Cache(values), state)
 
-    def coordinates(self, base: BasePass, chunk: Chunk, step: float) -> Tensor:
-        return self._walk(base, chunk, step).loss
+    def coordinates(self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32") -> Tensor:
+        return self._walk(base, chunk, step, precision).loss
 
     def chunk_size(self, base: BasePass, name: str, memory: int) -> int:
         """From the peak of one perturbation's own walk; measured once, in bytes, so that it is the same everywhere."""
@@ -82,7 +83,7 @@ class TracedEvaluator:
             self._bytes[name] = self._walk(base, probe, 0.0).peak_bytes
         return max(1, min(_MAX_CHUNK, memory // max(1, self._bytes[name])))
 
-    def _walk(self, base: BasePass, chunk: Chunk, step: float) -> _Walk:
+    def _walk(self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32") -> _Walk:
         """Carry a step along every coordinate of the chunk to the loss."""
         trace, count = self._trace, len(chunk.indices)
         nodes, last_use = trace.reads[chunk.name], self._last_use[chunk.name]
@@ -91,7 +92,9 @@ class TracedEvaluator:
         peak = 0
         with torch.no_grad():
             for node in nodes:
-                live[node], passing = _change_of(node, base.cache, live, count, self._results_read[node])
+                live[node], passing = _change_of(node, base.cache, live, count, self._results_read[node], precision)
+                if precision == "value":
+                    live[node] = _as_values(live[node], base.cache.values[node])
                 peak = max(peak, passing + sum(_bytes(change) for change in live.values()))
                 for used in last_use.get(node, ()):
                     live.pop(used, None)
@@ -101,7 +104,9 @@ class TracedEvaluator:
         return _Walk(dense(change, base.loss.shape), peak)
 
 
-def _change_of(node: Node, base: _Cache, live: dict[Node, Any], count: int, read: frozenset[int]) -> tuple[Any, int]:
+def _change_of(
+    node: Node, base: _Cache, live: dict[Node, Any], count: int, read: frozenset[int], precision: str
+) -> tuple[Any, int]:
     """The change of one node's value, from those of its operands, and the bytes held only meanwhile.
 
     The change is None where nothing moves.
@@ -113,10 +118,24 @@ def _change_of(node: Node, base: _Cache, live: dict[Node, Any], count: int, read
     if all(change is None or (isinstance(change, list) and not any(change)) for change in changes):
         return None, 0
     args, kwargs = _bases(node.args, base.values), _bases(node.kwargs, base.values)
-    call = Call(node.target, args, kwargs, changes, base.values[node], count, read, base.kept.setdefault(node, {}))
+    kept = base.kept.setdefault(node, {})
+    call = Call(node.target, args, kwargs, changes, base.values[node], count, read, kept, precision)
     rule = rule_for(node.target)
     change = rule(call) if rule is not None else None
     return (general(call), operand_bytes(call)) if change is None else (change, 0)
+
+
+def _as_values(change: Any, base: Any) -> Any:
+    """The change that is left when y + δ is kept in place of δ: its rounding is relative to y.
+
+    Means over the whole batch are excepted: the difference of two of them is taken as the mean of the differences.
+    """
+    if isinstance(change, tuple):
+        return tuple(_as_values(part, value) for part, value in zip(change, base, strict=True))
+    if not isinstance(change, Change) or base.ndim == 0:
+        return change
+    value = take(base, change.block, change.width if change.block else 0)
+    return Change((value + change.delta) - value, change.block)
 
 
 def _bases(arguments: Any, values: dict[Node, Any]) -> Any:
@@ -147,7 +166,12 @@ def _last_uses(nodes: tuple[Node, ...]) -> dict[Node, list[Node]]:
 def _bytes(change: Any) -> int:
     if isinstance(change, tuple):
         return sum(_bytes(part) for part in change)
-    tensor = getattr(change, "delta", getattr(change, "value", None))
+    if isinstance(change, Chain) and change.terms is not None:
+        return sum(_size(part) for part in (change.terms.source, change.terms.residual))
+    return _size(getattr(change, "delta", getattr(change, "value", None)))
+
+
+def _size(tensor: Any) -> int:
     return tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else 0
 
 

@@ -9,7 +9,13 @@ from torch import Tensor
 from deepzero_core.errors import RequestError, suggest
 
 DIFFERENCES = ("forward", "central")
-PRECISIONS = ("float32",)
+PRECISIONS = ("float32", "bfloat16", "value")
+"""What differences are computed in.
+
+float32:   changes in the module's own type, beside the cached values: rounding is relative to the change
+bfloat16:  the same, and operators linear in a change may round it to bfloat16 where the machine is faster at that
+value:     perturbed values in the module's own type, as separate forward passes have them: the paper's arithmetic
+"""
 
 
 @dataclass(frozen=True)

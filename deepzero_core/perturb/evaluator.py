@@ -70,8 +70,8 @@ class Evaluator(Protocol):
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
     ) -> BasePass: ...
 
-    def coordinates(self, base: BasePass, chunk: Chunk, step: float) -> Tensor:
-        """l(θ + step·eᵢ) − l(θ) for every i of the chunk: [P]."""
+    def coordinates(self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32") -> Tensor:
+        """l(θ + step·eᵢ) − l(θ) for every i of the chunk, [P]; one of PRECISIONS, where the evaluator has them."""
         ...
 
     def chunk_size(self, base: BasePass, name: str, memory: int) -> int:

@@ -35,7 +35,7 @@ class SeparateEvaluator:
         cache = _Batch(before, inputs, targets)
         return BasePass(result.loss, result.outputs, result.buffers, parameters, cache, state)
 
-    def coordinates(self, base: BasePass, chunk: Chunk, step: float) -> Tensor:
+    def coordinates(self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32") -> Tensor:
         batch: _Batch = base.cache
         losses = []
         with torch.no_grad(), preserved_random_state():

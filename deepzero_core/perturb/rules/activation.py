@@ -8,32 +8,18 @@ pointwise (see `elementwise`).
 """
 
 import torch
-from torch import Tensor
 
-from deepzero_core.perturb.changes import Change, take
+from deepzero_core.perturb.chain import base_layout, rectified
 from deepzero_core.perturb.rules.registry import Call, Result, only_change, rule
 
 aten = torch.ops.aten
 
 
-def _relu(call: Call, change: Change) -> Tensor:
-    width = change.width if change.block else 0
-    negative = take(call.once("negative", lambda: call.args[0].clamp(max=0)), change.block, width)
-    floor = take(call.once("floor", lambda: -call.args[0].clamp(min=0)), change.block, width)
-    return torch.maximum(change.delta + negative, floor)
-
-
-@rule(aten.relu.default)
+@rule(aten.relu.default, aten.leaky_relu.default)
 def relu(call: Call) -> Result:
-    change = only_change(call)
-    return Change(_relu(call, change), change.block) if change else None
-
-
-@rule(aten.leaky_relu.default)
-def leaky_relu(call: Call) -> Result:
     change = only_change(call)
     if change is None:
         return None
-    slope = call.argument(1, 0.01)
-    positive = _relu(call, change)
-    return Change(positive + slope * (change.delta - positive), change.block)
+    slope = float(call.argument(1, 0.01)) if call.target is aten.leaky_relu.default else 0.0
+    base = call.once("base", lambda: base_layout(call.args[0], call.args[0].unsqueeze(0)))
+    return rectified(change, base, slope)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepzero_core.perturb.chain import Chain, Terms, base_layout
 from deepzero_core.perturb.changes import Block, Change, OneHot, Replaced, dense, one_hot_block, take
+from deepzero_core.perturb.native import kernels
 from deepzero_core.perturb.rules.registry import Call, Result, rule
 
 aten = torch.ops.aten
@@ -23,15 +25,23 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _OnChannels:
-    """Everything on one block of channels: x̂ and δ [1 or P, B, w, …], per-channel values [1 or P, 1, w, 1…]."""
+    """Everything on one block of channels: δ [1 or P, B, w, …], per-channel values [1 or P, 1, w, 1…].
+
+    `all_centred` is x̂ of every channel, [B, C, …].
+    """
 
     block: Block | None
-    centred: Tensor
+    width: int
+    all_centred: Tensor
     scale: Tensor
     delta: Tensor | None
     gamma: Tensor | None
     delta_gamma: Tensor | None
     delta_beta: Tensor | None
+
+    @property
+    def centred(self) -> Tensor:
+        return take(self.all_centred, self.block, self.width)
 
 
 @rule(aten.native_batch_norm.default)
@@ -42,25 +52,49 @@ def batch_norm(call: Call) -> Result:
     on = _gather(call, training)
     if on is None:
         return None
-    average, rescale = None, None
-    if on.delta is not None and training:
-        average, rescale = _statistics(on.centred, on.delta, on.scale)
-    shape = list(call.output[0].shape)
-    if on.block:
-        shape[1] = on.centred.shape[2]
-    change = Change(_affine(on, average, rescale).expand(call.count, *shape), on.block)
+    average, rescale = _statistics(on, on.delta) if on.delta is not None and training else (None, None)
+    if call.changed() == (0,):
+        change: Change = _values_moved(on, average, rescale)
+    else:
+        shape = list(call.output[0].shape)
+        shape[1] = on.width if on.block else shape[1]
+        change = Change(_affine(on, average, rescale).expand(call.count, *shape), on.block)
     if average is None or rescale is None:
         return change, None, None
     return change, _per_channel(average, on.block), _per_channel(rescale, on.block)
 
 
-def _statistics(centred: Tensor, delta: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(on: _OnChannels, delta: Tensor) -> tuple[Tensor, Tensor]:
     """(Δm, Δs), per perturbation and channel: [P, 1, w, 1…]."""
-    axes = [1, *range(3, delta.ndim)]
-    average = delta.mean(axes, keepdim=True)
-    variance = torch.add(delta, centred, alpha=2).mul_(delta).mean(axes, keepdim=True) - average.square()
-    new_scale = (scale.square().reciprocal() + variance).rsqrt()
-    return average, -variance * (scale * new_scale).square() / (scale + new_scale)
+    if kernels.suits(delta):
+        means = kernels.moments(delta, on.all_centred, on.block.start if on.block else None)
+        average, square = (mean.reshape(len(mean), 1, -1, *[1] * (delta.ndim - 3)) for mean in means.unbind(2))
+    else:
+        axes = [1, *range(3, delta.ndim)]
+        average = delta.mean(axes, keepdim=True)
+        square = torch.add(delta, on.centred, alpha=2).mul_(delta).mean(axes, keepdim=True)
+    variance = square - average.square()
+    new_scale = (on.scale.square().reciprocal() + variance).rsqrt()
+    return average, -variance * (on.scale * new_scale).square() / (on.scale + new_scale)
+
+
+def _values_moved(on: _OnChannels, average: Tensor | None, rescale: Tensor | None) -> Chain:
+    """γ·Δn where γ and β stay, left open for what follows."""
+    assert on.delta is not None
+    gamma = 1 if on.gamma is None else on.gamma
+    if average is None or rescale is None:
+        return Chain(Terms(on.delta, on.block, scale=(gamma * on.scale).flatten(1)))
+    scale = gamma * (on.scale + rescale)
+    return Chain(
+        Terms(
+            on.delta,
+            on.block,
+            scale=scale.flatten(1),
+            shift=(-scale * average).flatten(1),
+            rescale=(gamma * rescale).flatten(1),
+            centred=on.all_centred,
+        )
+    )
 
 
 def _affine(on: _OnChannels, average: Tensor | None, rescale: Tensor | None) -> Tensor:
@@ -123,8 +157,11 @@ def _gather(call: Call, training: bool) -> _OnChannels | None:
     mean = call.output[1] if training else call.args[3]
     scale = channels(call.output[2] if training else (call.args[4] + call.args[7]).rsqrt())
     assert scale is not None
-    centred = take(call.once("centred", lambda: inputs - mean.view(-1, *[1] * (inputs.ndim - 2))), block, width)
-    return _OnChannels(block, centred, scale, delta_of(0), channels(gamma), delta_of(1), delta_of(2))
+    centred = call.once(
+        "centred", lambda: base_layout(inputs - mean.view(-1, *[1] * (inputs.ndim - 2)), inputs.unsqueeze(0))
+    )
+    width = width if block else inputs.shape[1]
+    return _OnChannels(block, width, centred, scale, delta_of(0), channels(gamma), delta_of(1), delta_of(2))
 
 
 def _shared_channels(changes: list[Change | None]) -> tuple[Block | None, int]:

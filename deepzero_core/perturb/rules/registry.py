@@ -7,13 +7,14 @@ answers. Rules exist to be faster or more exact than the general path, never to 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.changes import AnyChange, Change, OneHot
+from deepzero_core.perturb.changes import AnyChange, Change, OneHot, one_hot_block, take
 
+T = TypeVar("T")
 Result = AnyChange | tuple[AnyChange | None, ...] | None
 
 
@@ -23,6 +24,7 @@ class Call:
 
     `changes` has the structure of `args`: None where an operand stays, a list where the operand is a list of tensors.
     `read` says which of several results the loss depends on: only their changes matter. `kept` holds what `once` made.
+    `precision` says what operators linear in a change may round it to.
     """
 
     target: Any
@@ -32,7 +34,8 @@ class Call:
     output: Any
     count: int
     read: frozenset[int] = frozenset()
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+    precision: str = "float32"
 
     def argument(self, position: int, default: Any = None) -> Any:
         return self.args[position] if position < len(self.args) else default
@@ -41,11 +44,20 @@ class Call:
         found: AnyChange | None = self.changes[position] if position < len(self.changes) else None
         return found
 
-    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+    def once(self, name: str, compute: Callable[[], T]) -> T:
         """A function of the base values alone: computed for the first chunk of a base pass, kept for the others."""
         if name not in self.kept:
             self.kept[name] = compute()
-        return self.kept[name]
+        kept: T = self.kept[name]
+        return kept
+
+    def on_block(self, change: Change, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """The part of `once(name, compute)`, of the changed operand's shape, that the change covers: see `take`."""
+        return take(self.once(name, compute), change.block, change.width if change.block else 0)
+
+    def finite(self) -> bool:
+        """Whether the base result holds neither infinities nor NaN."""
+        return self.once("finite", lambda: bool(self.output.isfinite().all()))
 
     def changed(self) -> tuple[int, ...]:
         """Positions of the operands that change; a list operand counts when any of its tensors does."""
@@ -91,6 +103,20 @@ def only_one_hot(call: Call, position: int) -> OneHot | None:
     """The one-hot change of operand `position` when it is the only one that moves."""
     change = call.change(position)
     return change if call.changed() == (position,) and isinstance(change, OneHot) else None
+
+
+def plain_change(call: Call, position: int = 0) -> Change | None:
+    """As `only_change`, where a one-hot change counts as a block of width 1."""
+    change = only_one_hot(call, position)
+    return one_hot_block(change, call.args[position].shape) if change else only_change(call, position)
+
+
+def within(delta: Tensor, limit: float) -> bool:
+    """Whether every |δ| ≤ limit; never where a difference is NaN."""
+    if not delta.numel():
+        return True
+    low, high = delta.aminmax()
+    return bool((low >= -limit) & (high <= limit))
 
 
 def over_perturbations(function: Callable[[Tensor], Tensor], delta: Tensor) -> Tensor:

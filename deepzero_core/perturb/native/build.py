@@ -1,0 +1,80 @@
+"""Compile the kernels once for this machine and keep them in the user's cache folder.
+
+The file's name is a digest of the sources, the compiler and the instruction set, so that nothing stale is ever loaded
+and machines that share a home do not disturb each other. Without a compiler the engine runs on torch's own operators.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import platformdirs
+
+log = logging.getLogger(__name__)
+
+SWITCH = "DEEPZERO_NATIVE"
+"""Environment variable: 0 keeps the engine from compiling and loading kernels."""
+
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+_TIMEOUT_S = 300
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they are switched off or cannot be built, which is logged once."""
+    if os.environ.get(SWITCH) == "0":
+        log.info("native kernels are switched off by %s=0", SWITCH)
+        return None
+    compiler = _compiler()
+    if compiler is None:
+        log.info("no C++ compiler was found: the engine runs on torch's operators")
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr or str(error)).strip().splitlines()[0]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    log.warning("the native kernels cannot be used, the engine runs on torch's operators: %s", reason)
+    return None
+
+
+def _compiler() -> list[str] | None:
+    if named := os.environ.get("CXX"):
+        return shlex.split(named)
+    found = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    return [found] if found else None
+
+
+def _built(compiler: list[str]) -> Path:
+    sources = Path(__file__).parent
+    folder = platformdirs.user_cache_path("deepzero") / "kernels"
+    target = folder / f"{_digest(compiler, sources)}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            output = Path(scratch) / "kernels.so"
+            _run([*compiler, *_FLAGS, str(sources / "kernels.cpp"), "-o", str(output)])
+            output.replace(target)
+        log.info("compiled the native kernels with %s", compiler[0])
+    return target
+
+
+def _digest(compiler: list[str], sources: Path) -> str:
+    """`-dM` lists what the compiler predefines: its version, and the instructions that `native` stands for here."""
+    digest = hashlib.sha256(repr((compiler, _FLAGS)).encode())
+    digest.update(_run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]).encode())
+    for source in sorted([*sources.glob("*.h"), *sources.glob("*.cpp")]):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S).stdout
