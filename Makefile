@@ -38,8 +38,10 @@ format: $(INSTALLED) ## Put imports and layout in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Run the benchmarks
-	$(BIN)/python -m benchmarks
+bench: $(INSTALLED) ## Run the benchmarks, e.g. with ARGUMENTS='--case cnn5'
+	@$(BIN)/python -c 'import torchzero' 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks $(ARGUMENTS)
 
 clean: ## Remove caches and build products, keep the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

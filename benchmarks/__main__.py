@@ -1,142 +1,118 @@
-"""`python -m benchmarks`: one table, ratios against baselines timed in the same run.
+"""`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative.
 
-Baselines are timed on a sample of coordinates, evenly spaced over every parameter, and scaled by parameter; the engine
-is timed whole. Medians over repeats, with the spread between the fastest and the slowest.
+python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
+python -m benchmarks accuracy --plot docs/images/accuracy.png
 """
 
 import argparse
-import json
-import platform
-import statistics
+import dataclasses
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from benchmarks.baselines import feature_reuse, no_reuse
-from deepzero_core import cge, first_order
-from deepzero_core.models import build_model
-from deepzero_core.perturb import prepare
+from benchmarks import accuracy, plot
+from benchmarks.cases import CASES
+from benchmarks.machine import machine
+from benchmarks.measure import Options, measure
+from benchmarks.results import Row, save
+from benchmarks.table import show
+from benchmarks.workers import measure_workers
+from deepzero_core.errors import DeepZeroError, RequestError, WorkError, suggest
+from deepzero_core.perturb.estimate import PRECISIONS
 
-MU = 5e-3
-SAMPLES = 6
-"""Coordinates per parameter on which a baseline is timed."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Times in seconds per full estimate; ratios of the baseline's median to the engine's."""
-
-    case: str
-    coordinates: int
-    engine: float
-    spread: float
-    feature_reuse: float
-    no_reuse: float
-    error: float
-    """‖ĝ − ∇l‖/‖∇l‖ of the engine's estimate at μ = 1e-6."""
-
-    @property
-    def ratios(self) -> tuple[float, float]:
-        return self.feature_reuse / self.engine, self.no_reuse / self.engine
+WORKERS = "workers"
 
 
-def measure(case: str, depth: int, batch: int, repeats: int) -> Row:
-    """The paper's CNN on random 32×32 images, every coordinate."""
-    torch.manual_seed(0)
-    network = build_model("cnn", in_channels=3, num_classes=10, image_size=32, depth=depth, seed=0)
-    assert isinstance(network, nn.Sequential)
-    inputs, targets = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-    evaluator = prepare(network, inputs, targets, F.cross_entropy)
-    cge(network, inputs, targets, F.cross_entropy, evaluator=evaluator, coordinates=_sample(network))
-    times = [
-        _seconds(lambda: cge(network, inputs, targets, F.cross_entropy, mu=MU, evaluator=evaluator))
-        for _ in range(repeats)
-    ]
-    fine = cge(network, inputs, targets, F.cross_entropy, mu=1e-6, evaluator=evaluator)
-    exact = first_order(network, inputs, targets, F.cross_entropy)
-    return Row(
-        case,
-        fine.queries - 1,
-        statistics.median(times),
-        (max(times) - min(times)) / statistics.median(times),
-        _scaled(lambda some: feature_reuse(network, inputs, targets, F.cross_entropy, some, MU), network, repeats),
-        _scaled(lambda some: no_reuse(network, inputs, targets, F.cross_entropy, some, MU), network, repeats),
-        _relative_error(fine.gradients, exact.gradients),
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: measured what the arguments ask for; 1: the engine disagrees with its baselines; 2: the request was wrong."""
+    try:
+        options = _parser().parse_args(arguments)
+        (_accuracy if options.what == "accuracy" else _speed)(options)
+        return 0
+    except DeepZeroError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _speed(options: argparse.Namespace) -> None:
+    cases, precisions = _known(options.case or [*CASES, WORKERS], [*CASES, WORKERS], "case"), _precisions(options)
+    _set_up(options)
+    settings = Options(options.repeats, precisions, options.device)
+    facts = machine(options.threads, torch.device(settings.device))
+    rows: list[Row] = []
+    report = _Report()
+    report(f"load {facts['load']} before the start: whatever else runs on this machine is timed too")
+    for case in cases:
+        rows += measure_workers(settings, report) if case == WORKERS else measure(CASES[case], settings, report)
+        save(options.json, {"machine": facts, "rows": [row.document() for row in rows]})
+    show(rows)
+    wrong = [f"{row.case} ({row.precision})" for row in rows if not row.agrees]
+    if wrong:
+        raise WorkError(f"the engine disagrees with its baselines in float64: {', '.join(wrong)}")
+
+
+def _accuracy(options: argparse.Namespace) -> None:
+    _set_up(options)
+    curves = accuracy.measure(_Report(), precisions=_precisions(options))
+    facts = machine(options.threads, torch.device("cpu"))
+    save(options.json, {"machine": facts, "curves": [dataclasses.asdict(curve) for curve in curves]})
+    accuracy.show(curves)
+    if options.plot:
+        plot.draw(curves, options.plot)
+
+
+class _Report:
+    """Lines on the error stream: seconds since the start, and what is being timed."""
+
+    def __init__(self) -> None:
+        self._console, self._started = Console(stderr=True, width=120, highlight=False), time.perf_counter()
+
+    def __call__(self, line: str) -> None:
+        self._console.print(f"{time.perf_counter() - self._started:7.0f} s  {line}", markup=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("what", nargs="?", choices=("speed", "accuracy"), default="speed")
+    parser.add_argument("--case", action="append", help=f"one of {', '.join([*CASES, WORKERS])}; may be repeated; all")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of every contender; medians are shown")
+    parser.add_argument(
+        "--precision", help=f"of {', '.join(PRECISIONS)}, with commas; float32, for accuracy all of them"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", type=Path, help="where the numbers go; benchmarks.json, benchmarks-accuracy.json")
+    parser.add_argument("--plot", type=Path, help="accuracy only: where the picture goes")
+    return parser
 
 
-def _sample(network: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: torch.linspace(0, parameter.numel() - 1, min(SAMPLES, parameter.numel())).long()
-        for name, parameter in network.named_parameters()
-    }
+def _precisions(options: argparse.Namespace) -> tuple[str, ...]:
+    default = PRECISIONS if options.what == "accuracy" else ("float32",)
+    return tuple(_known(options.precision.split(",") if options.precision else default, PRECISIONS, "precision"))
 
 
-def _scaled(run: Callable[[dict[str, Tensor]], object], network: nn.Module, repeats: int) -> float:
-    """Median seconds for all coordinates, from the sample's time per coordinate of each parameter."""
-    total = 0.0
-    for name, indices in _sample(network).items():
-        base = statistics.median(_seconds(lambda: run({})) for _ in range(repeats))
-        times = [_seconds(lambda name=name, indices=indices: run({name: indices})) for _ in range(repeats)]
-        per_coordinate = max(0.0, statistics.median(times) - base) / len(indices)
-        total += per_coordinate * network.get_parameter(name).numel()
-    return total
+def _known(names: Sequence[str], valid: Sequence[str], what: str) -> Sequence[str]:
+    for name in names:
+        if name not in valid:
+            raise RequestError(f"there is no {what} {name!r}: {suggest(name, valid)}")
+    return names
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def _relative_error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    difference = sum((found[name] - exact[name]).double().square().sum().item() for name in exact)
-    return (difference / sum(value.double().square().sum().item() for value in exact.values())) ** 0.5
-
-
-def main() -> None:
-    """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), help="where the numbers go")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+def _set_up(options: argparse.Namespace) -> None:
+    if options.threads < 1 or options.repeats < 1:
+        raise RequestError("--threads and --repeats must be at least 1")
+    if options.device != "cpu" and not torch.cuda.is_available():
+        raise RequestError(f"--device {options.device}: this machine has no CUDA device that torch can use")
     torch.set_num_threads(options.threads)
-    rows = [measure(f"CNN {depth} blocks", depth, 128, options.repeats) for depth in (2, 5)]
-    table = Table(box=box.SIMPLE_HEAD)
-    columns = ("case", "coordinates", "engine", "spread", "feature reuse", "no reuse", "error")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "case" else "right")
-    for row in rows:
-        reuse, none = row.ratios
-        table.add_row(
-            row.case,
-            f"{row.coordinates:,}",
-            f"{row.engine:.2f} s",
-            f"{row.spread:.0%}",
-            f"{row.feature_reuse:.1f} s ({reuse:.1f}×)",
-            f"{row.no_reuse:.1f} s ({none:.1f}×)",
-            f"{row.error:.1e}",
-        )
-    Console().print(table)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "repeats": options.repeats,
-    }
-    result = {"machine": machine, "rows": [asdict(row) | {"ratios": row.ratios} for row in rows]}
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa cannot hold a difference at μ = 5e-3
+    options.json = options.json or Path("benchmarks-accuracy.json" if options.what == "accuracy" else "benchmarks.json")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,6 +29,7 @@ TrainingMethod = Literal[
 ]
 PruningMethod = Literal["none", "random", "magnitude", "grasp", "zo-grasp"]
 Difference = Literal["forward", "central"]
+Precision = Literal["float32", "bfloat16", "value"]
 ScheduleName = Literal["cosine", "constant"]
 
 METHODS: tuple[str, ...] = get_args(TrainingMethod)
@@ -125,7 +126,9 @@ class EstimatorConfig(Section):
     """Forward or central difference."""
     queries: Count = 192
     """Directions per step of rge and forward-gradient."""
-    memory_mib: Count = 8
+    precision: Precision = "float32"
+    """float32 or bfloat16: changes beside cached values; value: perturbed values, as the paper computes them."""
+    memory_mib: Count = 32
     """Memory that one evaluation may fill with perturbed activations, MiB."""
 
 

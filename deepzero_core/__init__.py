@@ -1,6 +1,7 @@
 """The mathematics of deepzero: estimators, sparsity, smoothing, training. Pure: no orchestration, no tracking.
 
 from deepzero_core import cge, rge, forward_gradient, first_order, reference, GradientEstimate
+from deepzero_core import BlackBox, behind
 from deepzero_core import grasp_scores, zo_grasp_scores, layer_ratios, draw_masks
 from deepzero_core import certify, predict
 """
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deepzero_core.estimators import GradientEstimate, cge, first_order, forward_gradient, rge
     from deepzero_core.perturb import reference
+    from deepzero_core.perturb.black_box import BlackBox, behind
     from deepzero_core.smoothing import Certificate, certify, predict
     from deepzero_core.sparsity import (
         draw_masks,
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BlackBox",
     "Certificate",
     "GradientEstimate",
+    "behind",
     "certify",
     "cge",
     "draw_masks",
@@ -42,6 +46,7 @@ __all__ = [
 _HOMES = {
     "estimators": ("GradientEstimate", "cge", "first_order", "forward_gradient", "rge"),
     "perturb": ("reference",),
+    "perturb.black_box": ("BlackBox", "behind"),
     "smoothing": ("Certificate", "certify", "predict"),
     "sparsity": (
         "draw_masks",

@@ -28,11 +28,13 @@ from torch.nn import functional as F
 from deepzero_core import GradientEstimate
 from deepzero_core.data import Augmentation, BatchSource, ImageStore
 from deepzero_core.errors import WorkError
-from deepzero_core.estimators.cge import queries, slope
+from deepzero_core.estimators.cge import queries, slope, work
 from deepzero_core.models import build_model
 from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
 from deepzero_core.perturb.coordinates import count, resolve, scatter
+from deepzero_core.perturb.cost import total
 from deepzero_core.perturb.evaluator import chunks
+from deepzero_core.perturb.machine import NOMINAL
 from deepzero_core.perturb.objective import state_of
 from deepzero_core.training import Batch
 from deepzero_core.training.sources import Coordinates
@@ -55,6 +57,7 @@ class Problem:
     mu: float
     difference: str
     memory: int
+    precision: str = "float32"
 
     def build_batches(self) -> BatchSource:
         store = ImageStore.open(self.store)
@@ -118,7 +121,12 @@ class ForwardWorker(WorkerPlugin):
             assert self._evaluator is not None
             return [
                 slope(
-                    self._evaluator, base, Chunk(name, torch.from_numpy(indices.copy())), problem.mu, problem.difference
+                    self._evaluator,
+                    base,
+                    Chunk(name, torch.from_numpy(indices.copy())),
+                    problem.mu,
+                    problem.difference,
+                    problem.precision,
                 ).numpy()
                 for name, indices in work.chunks
             ]
@@ -204,30 +212,32 @@ class DistributedCGE:
         slopes = self._collect(futures, ranges)
         gradients = scatter(parameters, chosen, slopes)
         spent = queries(count(chosen), self.problem.difference)
-        return GradientEstimate(gradients, spent, base.loss.item(), base.outputs, base.buffers)
+        done = work(self._evaluator, base, chosen, self.problem.difference)
+        return GradientEstimate(gradients, spent, base.loss.item(), base.outputs, base.buffers, done)
 
     def _ranges_of(
         self, coordinates: Coordinates | None, chosen: Mapping[str, Tensor], base: BasePass
     ) -> tuple[list[Range], Future]:
-        """Ranges of nearly equal cost, made once for a mask and held by the workers until the next."""
+        """Ranges of nearly equal cost, heaviest first, made once for a mask and held by the workers until the next."""
         if self._ranges is None or self._ranges[0] is not coordinates:
             assert self._evaluator is not None
             parts = [
                 (chunk.name, chunk.indices.numpy())
                 for chunk in chunks(self._evaluator, base, chosen, self.problem.memory)
             ]
-            costs = [
-                len(indices) / self._evaluator.chunk_size(base, name, self.problem.memory) for name, indices in parts
-            ]
-            ranges = [Range(tuple(parts[i] for i in group)) for group in balanced(costs, RANGES)]
+            each = {name: total(self._evaluator.cost(base, name)).seconds(NOMINAL) for name in chosen}
+            costs = [len(indices) * each[name] for name, indices in parts]
+            groups = balanced(costs, RANGES)
+            groups.sort(key=lambda group: -sum(costs[i] for i in group))
+            ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
             held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
             self._ranges = coordinates, ranges, held
         return self._ranges[1], self._ranges[2]
 
     def _collect(self, futures: Sequence[Future], ranges: Sequence[Range]) -> dict[str, Tensor]:
         found: dict[str, list[tuple[int, np.ndarray]]] = {}
-        for work, values in zip(ranges, self._results(futures), strict=True):
-            for (name, indices), value in zip(work.chunks, values, strict=True):
+        for part, values in zip(ranges, self._results(futures), strict=True):
+            for (name, indices), value in zip(part.chunks, values, strict=True):
                 found.setdefault(name, []).append((int(indices[0]), value))
         ordered = {name: sorted(parts, key=lambda part: part[0]) for name, parts in found.items()}
         return {name: torch.from_numpy(np.concatenate([v for _, v in parts])) for name, parts in ordered.items()}

@@ -32,6 +32,7 @@ def problem_of(experiment: Experiment, prepared: Prepared) -> Problem:
         },
         mu=experiment.estimator.mu,
         difference=experiment.estimator.difference,
+        precision=experiment.estimator.precision,
         memory=experiment.estimator.memory_mib * MIB,
     )
 

@@ -263,7 +263,7 @@ def _source(experiment: Experiment, problem: Problem, method: str) -> Iterator[G
     elif method in _FIRST_ORDER:
         yield FirstOrderSource(loss)
     elif cluster.workers == 0 and cluster.address is None:
-        yield CGESource(loss, problem.mu, problem.difference, problem.memory)
+        yield CGESource(loss, problem.mu, problem.difference, problem.memory, problem.precision)
     else:
         with (
             connect(cluster.workers, cluster.address, cluster.timeout_s) as client,

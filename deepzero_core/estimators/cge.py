@@ -13,11 +13,21 @@ from torch import Tensor, nn
 
 from deepzero_core.errors import RequestError
 from deepzero_core.perturb.coordinates import count, resolve, scatter
+from deepzero_core.perturb.cost import Cost
 from deepzero_core.perturb.estimate import GradientEstimate, check_arguments
-from deepzero_core.perturb.evaluator import BasePass, Chunk, Evaluator, Situation, chunks, prepare
+from deepzero_core.perturb.evaluator import (
+    BasePass,
+    Chunk,
+    Evaluator,
+    Situation,
+    chunks,
+    prepare,
+    within_memory,
+    work_of,
+)
 from deepzero_core.perturb.objective import LossFn, state_of
 
-DEFAULT_MEMORY = 8 << 20
+DEFAULT_MEMORY = 32 << 20
 """Bytes of changes held at once: enough to fill the vector units, little enough for the caches of most machines."""
 
 
@@ -75,6 +85,7 @@ def cge(
         base.loss.item(),
         base.outputs,
         base.buffers,
+        work(evaluator, base, chosen, difference),
     )
 
 
@@ -82,10 +93,15 @@ def slope(
     evaluator: Evaluator, base: BasePass, chunk: Chunk, mu: float, difference: str, precision: str = "float32"
 ) -> Tensor:
     """ĝ at the chunk's coordinates: [P]."""
-    above = evaluator.coordinates(base, chunk, mu, precision)
+    above = within_memory(evaluator, base, chunk, mu, precision)
     if difference == "central":
-        return (above - evaluator.coordinates(base, chunk, -mu, precision)) / (2 * mu)
+        return (above - within_memory(evaluator, base, chunk, -mu, precision)) / (2 * mu)
     return above / mu
+
+
+def work(evaluator: Evaluator, base: BasePass, coordinates: Mapping[str, Tensor], difference: str) -> Cost:
+    """What an estimate of these coordinates costs beside its base pass."""
+    return work_of(evaluator, base, coordinates) * (2 if difference == "central" else 1)
 
 
 def queries(coordinates: int, difference: str) -> int:

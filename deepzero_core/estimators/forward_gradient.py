@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepzero_core.perturb.estimate import GradientEstimate, check_queries
 from deepzero_core.perturb.objective import LossFn, RandomState, objective, preserved_random_state, state_of
-from deepzero_core.perturb.reference import gaussian
+from deepzero_core.perturb.reference import gaussian, seeds
 
 
 def forward_gradient(
@@ -42,8 +42,8 @@ def forward_gradient(
 
     gradients = {name: torch.zeros_like(value) for name, value in parameters.items()}
     primal = {name: parameters[name] for name in trainable}
-    for _ in range(queries if trainable else 0):
-        direction = {name: gaussian(parameters[name], generator) for name in trainable}
+    for seed in seeds(queries if trainable else 0, generator):
+        direction = gaussian(primal, seed, generator.device)
         with preserved_random_state(), warnings.catch_warnings():
             # torch scripts decompositions of its own at the first use of forward mode and warns of that.
             warnings.filterwarnings(

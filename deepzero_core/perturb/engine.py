@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from deepzero_core.perturb.chain import Chain
 from deepzero_core.perturb.changes import Change, OneHot, dense, take
+from deepzero_core.perturb.cost import Cost, stretch, work
 from deepzero_core.perturb.evaluator import BasePass, Chunk, Situation
 from deepzero_core.perturb.objective import RandomState
 from deepzero_core.perturb.rules import Call, general
@@ -28,16 +29,31 @@ _MAX_CHUNK = 4096
 
 @dataclass(frozen=True)
 class _Cache:
-    """What the base pass leaves behind: every node's value, and what rules have made of them (see `Call.once`)."""
+    """What the base pass leaves behind: every node's value, and what later visits make of them for one another."""
 
     values: dict[Node, Any]
+    arguments: dict[Node, tuple[Any, Any]] = field(default_factory=dict)
+    """By node: its arguments with values in place of nodes."""
     kept: dict[Node, dict[str, Tensor]] = field(default_factory=dict)
+    """By node: see `Call.once`."""
+
+    def of(self, node: Node) -> tuple[Any, Any]:
+        if node not in self.arguments:
+            self.arguments[node] = _bases(node.args, self.values), _bases(node.kwargs, self.values)
+        return self.arguments[node]
 
 
-@dataclass(frozen=True)
-class _Walk:
-    loss: Tensor
-    peak_bytes: int
+@dataclass
+class _Probe:
+    """What one perturbation's walk holds at its peak, and what it costs, by stretch."""
+
+    peak: int = 0
+    costs: dict[str, Cost] = field(default_factory=dict)
+
+    def see(self, call: Call, change: Any, live: Mapping[Node, Any], passing: int) -> None:
+        where = stretch(call, change)
+        self.costs[where] = self.costs.get(where, Cost()) + work(call, change)
+        self.peak = max(self.peak, passing + _bytes(change) + sum(_bytes(held) for held in live.values()))
 
 
 class TracedEvaluator:
@@ -48,7 +64,7 @@ class TracedEvaluator:
     def __init__(self, trace: Trace, situation: Situation) -> None:
         self.situation = situation
         self._trace = trace
-        self._bytes: dict[str, int] = {}
+        self._probes: dict[str, _Probe] = {}
         self._last_use = {name: _last_uses(nodes) for name, nodes in trace.reads.items()}
         self._results_read = {node: trace.results_read(node) for nodes in trace.reads.values() for node in nodes}
 
@@ -73,56 +89,64 @@ class TracedEvaluator:
         return BasePass(*self._trace.unflatten(results), parameters, _Cache(values), state)
 
     def coordinates(self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32") -> Tensor:
-        return self._walk(base, chunk, step, precision).loss
+        return self._walk(base, chunk, step, precision)
 
     def chunk_size(self, base: BasePass, name: str, memory: int) -> int:
         """From the peak of one perturbation's own walk; measured once, in bytes, so that it is the same everywhere."""
-        if name not in self._bytes:
-            probe = Chunk(name, torch.zeros(1, dtype=torch.long, device=base.parameters[name].device))
-            # A step of 0: any other could leave the domain of an operator (a Cholesky factor) and raise.
-            self._bytes[name] = self._walk(base, probe, 0.0).peak_bytes
-        return max(1, min(_MAX_CHUNK, memory // max(1, self._bytes[name])))
+        return max(1, min(_MAX_CHUNK, memory // max(1, self._probe(base, name).peak)))
 
-    def _walk(self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32") -> _Walk:
+    def cost(self, base: BasePass, name: str) -> dict[str, Cost]:
+        return dict(self._probe(base, name).costs)
+
+    def _probe(self, base: BasePass, name: str) -> _Probe:
+        if name not in self._probes:
+            chunk = Chunk(name, torch.zeros(1, dtype=torch.long, device=base.parameters[name].device))
+            probe = _Probe()
+            # A step of 0: any other could leave the domain of an operator (a Cholesky factor) and raise.
+            self._walk(base, chunk, 0.0, probe=probe)
+            self._probes[name] = probe
+        return self._probes[name]
+
+    def _walk(
+        self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32", probe: _Probe | None = None
+    ) -> Tensor:
         """Carry a step along every coordinate of the chunk to the loss."""
         trace, count = self._trace, len(chunk.indices)
-        nodes, last_use = trace.reads[chunk.name], self._last_use[chunk.name]
+        last_use = self._last_use[chunk.name]
         source = OneHot(chunk.indices, base.parameters[chunk.name].new_full([count], step))
         live: dict[Node, Any] = {trace.parameters[chunk.name]: source}
-        peak = 0
         with torch.no_grad():
-            for node in nodes:
-                live[node], passing = _change_of(node, base.cache, live, count, self._results_read[node], precision)
+            for node in trace.reads[chunk.name]:
+                live[node] = self._change_of(node, base.cache, live, count, precision, probe)
                 if precision == "value":
                     live[node] = _as_values(live[node], base.cache.values[node])
-                peak = max(peak, passing + sum(_bytes(change) for change in live.values()))
                 for used in last_use.get(node, ()):
                     live.pop(used, None)
         change = live.get(trace.loss)
+        return base.loss.new_zeros(count) if change is None else dense(change, base.loss.shape)
+
+    def _change_of(
+        self, node: Node, base: _Cache, live: dict[Node, Any], count: int, precision: str, probe: _Probe | None
+    ) -> Any:
+        """The change of one node's value, from those of its operands; None where nothing moves."""
+        changes = tuple(_operand_changes(argument, live) for argument in node.args)
+        if node.target is operator.getitem:
+            parts, index = changes[0], cast(int, node.args[1])
+            return parts[index] if isinstance(parts, (tuple, list)) else None
+        if all(change is None or (isinstance(change, list) and not any(change)) for change in changes):
+            return None
+        args, kwargs = base.of(node)
+        kept = base.kept.setdefault(node, {})
+        read = self._results_read[node]
+        call = Call(node.target, args, kwargs, changes, base.values[node], count, read, kept, precision)
+        rule = rule_for(node.target)
+        change = rule(call) if rule is not None else None
+        passing = 0
         if change is None:
-            return _Walk(base.loss.new_zeros(count), peak)
-        return _Walk(dense(change, base.loss.shape), peak)
-
-
-def _change_of(
-    node: Node, base: _Cache, live: dict[Node, Any], count: int, read: frozenset[int], precision: str
-) -> tuple[Any, int]:
-    """The change of one node's value, from those of its operands, and the bytes held only meanwhile.
-
-    The change is None where nothing moves.
-    """
-    changes = tuple(_operand_changes(argument, live) for argument in node.args)
-    if node.target is operator.getitem:
-        parts, index = changes[0], cast(int, node.args[1])
-        return (parts[index] if isinstance(parts, (tuple, list)) else None), 0
-    if all(change is None or (isinstance(change, list) and not any(change)) for change in changes):
-        return None, 0
-    args, kwargs = _bases(node.args, base.values), _bases(node.kwargs, base.values)
-    kept = base.kept.setdefault(node, {})
-    call = Call(node.target, args, kwargs, changes, base.values[node], count, read, kept, precision)
-    rule = rule_for(node.target)
-    change = rule(call) if rule is not None else None
-    return (general(call), operand_bytes(call)) if change is None else (change, 0)
+            change, passing = general(call), operand_bytes(call)
+        if probe is not None:
+            probe.see(call, change, live, passing)
+        return change
 
 
 def _as_values(change: Any, base: Any) -> Any:

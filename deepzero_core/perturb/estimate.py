@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from deepzero_core.errors import RequestError, suggest
+from deepzero_core.perturb.cost import Cost
 
 DIFFERENCES = ("forward", "central")
 PRECISIONS = ("float32", "bfloat16", "value")
@@ -27,6 +28,7 @@ class GradientEstimate:
     loss:      l(θ), the base evaluation.
     outputs:   the module's outputs at θ, [B, …].
     buffers:   the module's buffers as the base evaluation leaves them (BatchNorm's running statistics).
+    work:      the operations and bytes that the perturbations took, by the cost model; nothing where it has no say.
     """
 
     gradients: dict[str, Tensor]
@@ -34,6 +36,7 @@ class GradientEstimate:
     loss: float
     outputs: Any = field(repr=False)
     buffers: dict[str, Tensor] = field(repr=False)
+    work: Cost = field(default_factory=Cost, repr=False)
 
 
 def check_arguments(mu: float, difference: str, precision: str = "float32") -> None:

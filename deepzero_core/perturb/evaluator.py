@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from deepzero_core.perturb.cost import Cost, total
 from deepzero_core.perturb.objective import LossFn, RandomState, preserved_random_state, state_of
 from deepzero_core.perturb.trace import UntraceableError, trace
 
@@ -78,6 +79,10 @@ class Evaluator(Protocol):
         """How many coordinates of a parameter may be evaluated together within `memory` bytes."""
         ...
 
+    def cost(self, base: BasePass, name: str) -> dict[str, Cost]:
+        """What one coordinate of a parameter costs, by stretch."""
+        ...
+
 
 def prepare(module: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn) -> Evaluator:
     """The fastest evaluator that is right for this module: traced where it can be, one pass per perturbation otherwise.
@@ -133,6 +138,40 @@ def _verify(
             raise UntraceableError(f"nothing to compare its graph with near its parameters: {error}") from error
     if not torch.allclose(seen, true, rtol=1e-3, atol=1e-6, equal_nan=True):
         raise UntraceableError(f"its graph gives the loss {seen.item():.6g} where the module gives {true.item():.6g}")
+
+
+def work_of(evaluator: Evaluator, base: BasePass, coordinates: Mapping[str, Tensor]) -> Cost:
+    """What flat indices by name cost in all, perturbed once each."""
+    parts = {n: total(evaluator.cost(base, n)) * indices.numel() for n, indices in coordinates.items() if len(indices)}
+    return total(parts)
+
+
+def within_memory(
+    evaluator: Evaluator, base: BasePass, chunk: Chunk, step: float, precision: str = "float32"
+) -> Tensor:
+    """`Evaluator.coordinates`; where memory runs out, in halves.
+
+    Warns:
+        UserWarning: memory ran out.
+    """
+    try:
+        return evaluator.coordinates(base, chunk, step, precision)
+    except RuntimeError as error:
+        size = len(chunk.indices)
+        if size == 1 or not _out_of_memory(error):
+            raise
+        warnings.warn(
+            f"out of memory with {size} coordinates of {chunk.name} at once: going on with half as many", stacklevel=2
+        )
+    if chunk.indices.is_cuda:
+        torch.cuda.empty_cache()
+    halves = chunk.indices.tensor_split(2)
+    return torch.cat([within_memory(evaluator, base, Chunk(chunk.name, half), step, precision) for half in halves])
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """The CPU's allocator has no exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def chunks(evaluator: Evaluator, base: BasePass, coordinates: Mapping[str, Tensor], memory: int) -> Iterator[Chunk]:

@@ -40,9 +40,21 @@ def objective(
     """
     fresh = {name: buffer.clone() for name, buffer in buffers.items()}
     own = {name: parameter.clone() for name, parameter in parameters.items()}
-    outputs = functional_call(module, (own, fresh), (inputs.clone(),))
-    loss = loss_fn(outputs, targets)
+    state = {f"module.{name}": value for part in (own, fresh) for name, value in part.items()}
+    outputs, loss = functional_call(_WithLoss(module, loss_fn), state, (inputs.clone(), targets))
     return Evaluation(loss.mean() if loss.ndim else loss, outputs, fresh)
+
+
+class _WithLoss(nn.Module):
+    """The module and its loss as one: a loss that calls the module again sees the same parameters."""
+
+    def __init__(self, module: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.module, self.loss_fn = module, loss_fn
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Any, Tensor]:
+        outputs = self.module(inputs)
+        return outputs, self.loss_fn(outputs, targets)
 
 
 def state_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

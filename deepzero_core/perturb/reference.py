@@ -66,8 +66,8 @@ def rge(
     base, loss_at = _losses(module, inputs, targets, loss_fn)
     gradients = {name: torch.zeros_like(value) for name, value in theta.items()}
     trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    for _ in range(queries):
-        direction = {name: gaussian(theta[name], generator) for name in trainable}
+    for seed in seeds(queries, generator):
+        direction = gaussian({name: theta[name] for name in trainable}, seed, generator.device)
         steps = {name: mu * u for name, u in direction.items()}
         slope = _slope(loss_at, base.loss, steps, mu, difference)
         for name, u in direction.items():
@@ -76,10 +76,23 @@ def rge(
     return GradientEstimate(gradients, spent, base.loss.item(), base.outputs, base.buffers)
 
 
-def gaussian(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """u ~ N(0, I) in the parameter's shape, drawn on the generator's device: the same numbers wherever θ lies."""
-    drawn = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype, device=generator.device)
-    return drawn.to(parameter.device)
+def seeds(queries: int, generator: torch.Generator) -> list[int]:
+    """One seed of 63 bits for each direction, all from one draw of the generator."""
+    highest = torch.iinfo(torch.int64).max
+    drawn: list[int] = torch.randint(highest, (queries,), generator=generator, device=generator.device).tolist()
+    return drawn
+
+
+def gaussian(parameters: Mapping[str, Tensor], seed: int, device: torch.device) -> dict[str, Tensor]:
+    """u ~ N(0, I) by parameter name: a function of the seed, the device it is drawn on and the parameters' shapes.
+
+    Who knows the seed can draw the direction again; where θ lies does not matter.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    return {
+        name: torch.randn(value.shape, generator=generator, dtype=value.dtype, device=device).to(value.device)
+        for name, value in parameters.items()
+    }
 
 
 def _losses(

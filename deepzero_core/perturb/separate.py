@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from deepzero_core.perturb.cost import Cost
 from deepzero_core.perturb.evaluator import BasePass, Chunk, Situation
 from deepzero_core.perturb.objective import RandomState, objective, preserved_random_state
 
@@ -52,3 +54,11 @@ class SeparateEvaluator:
 
     def chunk_size(self, base: BasePass, name: str, memory: int) -> int:
         return base.parameters[name].numel()
+
+    def cost(self, base: BasePass, name: str) -> dict[str, Cost]:
+        """A whole forward pass: "dense" from its first operator on. Its operations are those that torch knows of."""
+        batch: _Batch = base.cache
+        with torch.no_grad(), preserved_random_state(), FlopCounterMode(display=False) as counter:
+            base.random_state.restore()
+            objective(self.module, base.parameters, batch.buffers, batch.inputs, batch.targets, self.situation.loss_fn)
+        return {"dense": Cost(float(counter.get_total_flops()))}

@@ -79,7 +79,7 @@ def trace(
 
     structures: list[TreeSpec] = []
     arguments = (list(parameters.values()), list(buffers.values()), inputs, targets)
-    with torch.no_grad(), preserved_random_state(), _plain_operators(), _kept_attributes(module):
+    with torch.no_grad(), preserved_random_state(), _plain_operators(), kept_attributes(module):
         try:
             # Traced twice: composite operators hide in-place writes (circular padding, `z[1:] += y`) from the first
             # pass, and only a graph of plain operators can be functionalised completely.
@@ -107,7 +107,7 @@ def _lifted(graph: GraphModule) -> GraphModule:
 
 
 @contextmanager
-def _kept_attributes(module: nn.Module) -> Iterator[None]:
+def kept_attributes(module: nn.Module) -> Iterator[None]:
     """Give back the plain attributes that a forward pass rebinds: none may keep a stand-in without values."""
     before = {part: dict(vars(part)) for part in module.modules()}
     try:

@@ -48,6 +48,7 @@ class CGESource:
     mu: float = 5e-3
     difference: str = "forward"
     memory: int = DEFAULT_MEMORY
+    precision: str = "float32"
     _evaluator: Evaluator | None = None
 
     def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
@@ -64,6 +65,7 @@ class CGESource:
             mu=self.mu,
             coordinates=coordinates,
             difference=self.difference,
+            precision=self.precision,
             memory=self.memory,
             evaluator=self._evaluator,
         )

@@ -8,13 +8,14 @@ decides what becomes of the records and when to save `state()`.
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from deepzero_core.errors import RequestError, WorkError, suggest
+from deepzero_core.perturb.cost import Cost
 from deepzero_core.perturb.estimate import GradientEstimate
 from deepzero_core.sparsity import draw_masks
 from deepzero_core.training.schedule import Schedule
@@ -64,6 +65,8 @@ class StepRecord:
     learning_rate: float
     queries: int
     epoch_ends: bool
+    work: Cost = field(default_factory=Cost)
+    """Of the step's perturbations, by the cost model."""
 
 
 class NonFiniteError(WorkError):
@@ -139,6 +142,7 @@ class Trainer:
             learning_rate=learning_rate,
             queries=self.queries,
             epoch_ends=index == per_epoch - 1,
+            work=estimate.work,
         )
 
     def _check_finite(self, estimate: GradientEstimate, learning_rate: float) -> None:

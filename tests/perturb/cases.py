@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+aten = torch.ops.aten
+
 Built = tuple[nn.Module, Tensor, Tensor]
 
 
@@ -74,7 +76,22 @@ ACTIVATIONS = {
     "negative": lambda y: -y, "square": torch.square, "cube": lambda y: y**3,
     "divide": lambda y: y / (2 + y.square()), "chunks": lambda y: torch.cat([c * i for i, c in enumerate(y.chunk(3, 1), 1)], 1),
     "unbind": lambda y: torch.stack(y.unbind(1)[::2], 1), "roll": lambda y: y.roll(1, 1) * y, "flip": lambda y: y.flip(1) * y,
-    "variance": lambda y: y.var(1, keepdim=True), "batch_mean": lambda y: y - y.mean(0), "einsum": lambda y: torch.einsum("bi,bj->bij", y, y),
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "mish": F.mish, "celu": lambda y: F.celu(y, 0.7), "selu": F.selu,
+    "softplus_sharp": lambda y: F.softplus(y, 3, 1), "logsigmoid": F.logsigmoid, "erf": torch.erf, "sin": torch.sin, "cos": torch.cos,
+    "atan": torch.atan, "exp": torch.exp, "expm1": torch.expm1, "log": lambda y: (y.square() + 0.1).log(), "log1p": lambda y: y.square().log1p(),
+    "rsqrt": lambda y: (y.square() + 0.1).rsqrt(), "reciprocal": lambda y: 1 / (y.square() + 0.1), "fourth_power": lambda y: y**4,
+    "real_power": lambda y: (y.square() + 0.1) ** 0.7, "power_of_two": lambda y: 2**y, "power": lambda y: (y.square() + 0.1) ** y,
+    "clamp": lambda y: y.clamp(-0.3, 0.4), "clamp_within": lambda y: y.clamp(-y[0].detach().abs(), ONE), "clamp_min": lambda y: torch.clamp_min(y, 0.1),
+    "clamp_max": lambda y: torch.clamp_max(y, 0.1), "clamp_below": lambda y: torch.clamp_max(torch.clamp_min(y, -ONE / 3), ONE / 2),
+    "hardsigmoid": F.hardsigmoid, "maximum": lambda y: torch.maximum(y, -0.5 * y), "minimum": lambda y: torch.minimum(y, y[:1]),
+    "threshold": lambda y: F.threshold(y, 0.1, 2), "softshrink": F.softshrink, "hardshrink": F.hardshrink, "softsign": F.softsign,
+    "masked_fill": lambda y: y.masked_fill(torch.arange(6) > 3, 2.0), "masked_fill_tensor": lambda y: y.masked_fill(torch.arange(6) > 3, ONE),
+    "rounded": lambda y: y * torch.div(y, 0.3, rounding_mode="floor"), "hypot": lambda y: torch.hypot(y, y.flip(1)), "one_minus": lambda y: (1 - y) * y,
+    "numbers": lambda y: aten.div.Scalar(aten.sub.Scalar(aten.add.Scalar(y, 1.0), 0.5, 2), 3.0), "cosine": lambda y: F.cosine_similarity(y, y.flip(1), 1)[:, None],
+    "deviation": lambda y: y.std((0, 1)) * y, "moments": lambda y: torch.cat(torch.var_mean(y, 1, correction=0, keepdim=True), 1),
+    "norm": lambda y: y.norm() * y, "product": lambda y: y.prod(1, keepdim=True), "repeat": lambda y: y.repeat(1, 2), "triangles": lambda y: y.tril() - y.triu(1), "where_fixed": lambda y: torch.where(torch.arange(6) > 2, y, -y.flip(1)),
+    "batched_sum": lambda y: torch.baddbmm(y[:, None], y[:, None], y[:, :, None] @ y[:, None], beta=2, alpha=3), "dot": lambda y: y * y[0].dot(y[1]),
+    "gate": lambda y: (lambda a, b: a * b.sigmoid())(*y.chunk(2, 1)), "heads": lambda y: y.unflatten(1, (3, 2)).softmax(2), "variance": lambda y: y.var(1, keepdim=True), "batch_mean": lambda y: y - y.mean(0), "einsum": lambda y: torch.einsum("bi,bj->bij", y, y),
 }  # fmt: skip
 
 
@@ -84,7 +101,14 @@ def written(y: Tensor) -> Tensor:
     return z
 
 
+ONE = torch.ones((), dtype=torch.float64)
+
 IMAGE_FUNCTIONS = {
+    "channel_softmax": lambda y: y.softmax(1), "row_softmax": lambda y: y.softmax(2), "channel_log_softmax": lambda y: y.log_softmax(1),
+    "space_logsumexp": lambda y: y.logsumexp((2, 3)), "channel_norm": lambda y: y.norm(dim=1), "space_norm": lambda y: y.norm(dim=(2, 3)),
+    "channel_chunks": lambda y: torch.cat([y.chunk(2, 1)[1].tanh(), y.narrow(1, 0, 1)], 1), "row_chunks": lambda y: torch.cat(y.split(3, 2)[::-1], 3),
+    "unbound_channels": lambda y: torch.stack(y.unbind(1)[::2], 3), "two_channels": lambda y: y[:, 1] * y[:, 2], "split_channels": lambda y: y.unflatten(1, (2, 2)).softmax(1),
+    "gram": lambda y: y.flatten(2) @ y.flatten(2).mT, "mixed_rows": lambda y: y @ torch.linspace(-1, 1, 18, dtype=y.dtype).view(6, 3),
     "max_pool": lambda y: F.max_pool2d(y, 2), "max_pool_overlapping": lambda y: F.max_pool2d(y, 3, 2, 1),
     "avg_pool": lambda y: F.avg_pool2d(y, 2), "global_pool": lambda y: F.adaptive_avg_pool2d(y, 1),
     "adaptive_pool": lambda y: F.adaptive_avg_pool2d(y, 3), "adaptive_max": lambda y: F.adaptive_max_pool2d(y, 2),
@@ -125,12 +149,19 @@ LAYERS = [
     layer("layer_norm", lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)), 5, 4),
     layer("group_norm", lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)), 3, 2, 5, 5),
     layer("instance_norm", lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True)), 3, 2, 5, 5),
+    layer("layer_norm_of_images", lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.LayerNorm((3, 3))), 2, 2, 5, 5),
+    layer("layer_norm_across_channels", lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.LayerNorm((3, 3, 3), bias=False)), 2, 2, 5, 5),
+    layer("layer_norm_of_tokens", lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6, elementwise_affine=False)), 2, 3, 4),
+    layer("group_norm_plain", lambda: nn.Sequential(nn.Conv1d(2, 6, 3), nn.GroupNorm(2, 6, affine=False)), 3, 2, 5),
+    layer("group_norm_of_repeats", lambda: Apply(nn.Conv1d(2, 2, 3), lambda inner, x: F.group_norm(inner(x).repeat_interleave(3, 1), 2)), 2, 2, 5),
     layer("rms_norm", lambda: nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6)), 5, 4),
     layer("prelu", lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.PReLU(3)), 3, 2, 5, 5),
     layer("weight_norm", lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), 5, 4),
     layer("lstm", lambda: Apply(nn.LSTM(4, 3, batch_first=True), lambda inner, x: inner(x)[0]), 3, 4, 4),
     layer("gru_cell", lambda: Apply(nn.GRUCell(4, 3), lambda inner, x: inner(x)), 5, 4),
     layer("multihead_attention", lambda: Apply(nn.MultiheadAttention(4, 2, batch_first=True), lambda inner, x: inner(x, x, x)[0]), 3, 5, 4),
+    layer("attention_alone", lambda: Apply(nn.MultiheadAttention(4, 2, batch_first=True), lambda inner, x: inner(x, x, x, need_weights=False)[0]), 3, 5, 4),
+    layer("projected_attention", lambda: Apply(nn.Linear(4, 12), lambda inner, x: F.scaled_dot_product_attention(*inner(x).unflatten(2, (3, 2, 2)).permute(2, 0, 3, 1, 4), is_causal=True)), 2, 5, 4),
     layer("encoder_layer", lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), 3, 5, 4),
     layer("embedding", lambda: Apply(nn.Embedding(7, 3), lambda inner, x: inner(x[:, 0].abs().long() % 7) * x.sum(1, keepdim=True)), 5, 4),
     *[layer(f"linear_{name}", after_linear(function), 5, 4) for name, function in ACTIVATIONS.items()],
@@ -246,7 +277,33 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(outputs, F.one_hot(targets, outputs.shape[1]).to(outputs.dtype))
 
 
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "huber": F.huber_loss, "summed_huber": lambda y, t: F.huber_loss(y, t, reduction="sum", delta=0.3), "smooth_l1": F.smooth_l1_loss,
+    "smooth_l1_each": lambda y, t: F.smooth_l1_loss(y, t, reduction="none", beta=0.4).mean(1), "l1": F.l1_loss, "squared_each": lambda y, t: F.mse_loss(y, t, reduction="none").sum(1),
+    "binary": lambda y, t: F.binary_cross_entropy_with_logits(y, t.sigmoid(), pos_weight=torch.arange(1.0, 4.0).to(y)), "soft_margin": lambda y, t: F.soft_margin_loss(y, t.sign()),
+    "divergence": lambda y, t: F.kl_div(y.log_softmax(1), t.softmax(1), reduction="batchmean"), "poisson": F.poisson_nll_loss,
+}  # fmt: skip
+
+
+def columns(targets: Tensor) -> Tensor:
+    """[B] → [B, 3]."""
+    return targets[:, None] * torch.arange(1, 4, dtype=targets.dtype)
+
+
+LAYERS += [
+    Case(f"loss_{name}", lambda: nn.Linear(4, 3), (5, 4), lambda y, t, loss=loss: loss(y, columns(t)))
+    for name, loss in LOSSES.items()
+]
+
+
 NETWORKS = [
+    Case(
+        "smoothed_and_weighted",
+        lambda: nn.Linear(4, 3),
+        (5, 4),
+        lambda y, t: F.cross_entropy(y, t, torch.arange(1.0, 4.0).to(y), label_smoothing=0.2),
+        classes=3,
+    ),
     Case("squared_error", SharedConvolution, (4, 2, 5, 5), squared_error, classes=2),
     Case("residual", Residual, (4, 2, 6, 6), F.cross_entropy, classes=4),
     Case("concatenating", Concatenating, (3, 2, 6, 6), F.cross_entropy, classes=3),

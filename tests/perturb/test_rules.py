@@ -24,6 +24,7 @@ def square_channels(y: Tensor) -> Tensor:
 
 
 PICKED = torch.tensor([2, 0, 2])
+aten = torch.ops.aten
 
 # Operators that no layer of the registry uses.
 OTHERS = [
@@ -42,6 +43,10 @@ OTHERS = [
     layer("windows", after_linear(lambda y: y.unfold(1, 3, 2).flatten(1)), 5, 4),
     layer("windows_of_weight", lambda: Apply(nn.Linear(4, 6), lambda inner, x: x @ inner.weight.unfold(0, 3, 1)[0]), 5, 4),
     layer("detach", after_linear(lambda y: y - 2 * y.detach()), 5, 4),
+    layer("in_float64", after_linear(lambda y: aten._to_copy.default(y, dtype=torch.float64)), 5, 4),
+    layer("joined_parameters", lambda: Apply(nn.Linear(4, 3), lambda inner, x: x @ torch.cat([inner.weight, 2 * inner.weight]).t()), 5, 4),
+    layer("masked_weight", lambda: Apply(nn.Linear(4, 3), lambda inner, x: x @ (inner.weight.tanh() * torch.ones(3, 4).tril()).t()), 5, 4),
+    layer("repeated_column", lambda: Apply(nn.Linear(4, 3), lambda inner, x: x[:, :3] * inner.bias[:, None].expand(3, 5).t() + inner.bias[0].expand(5, 3)), 5, 4),
     Case("segmentation", lambda: nn.Conv2d(2, 3, 3), (2, 2, 5, 5), lambda y, t: F.cross_entropy(y, t.expand(3, 3, 2).permute(2, 0, 1)), classes=3),
     Case("summed", lambda: nn.Linear(4, 3), (5, 4), lambda y, t: y.square().sum() / t.numel()),
 ]  # fmt: skip

@@ -6,18 +6,17 @@ and machines that share a home do not disturb each other. Without a compiler the
 
 import ctypes
 import hashlib
-import logging
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import platformdirs
-
-log = logging.getLogger(__name__)
 
 SWITCH = "DEEPZERO_NATIVE"
 """Environment variable: 0 keeps the engine from compiling and loading kernels."""
@@ -26,24 +25,40 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _TIMEOUT_S = 300
 
 
-@cache
+@dataclass(frozen=True)
+class Build:
+    """The kernels, or why there are none; `broken` where a compiler was there and failed."""
+
+    library: ctypes.CDLL | None
+    reason: str = ""
+    broken: bool = False
+
+
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they are switched off or cannot be built, which is logged once."""
+    """The compiled kernels; None where they are switched off or cannot be built.
+
+    Warns:
+        UserWarning: once, that a compiler failed.
+    """
+    return build().library
+
+
+@cache
+def build() -> Build:
+    """Compile and load the kernels, once per process."""
     if os.environ.get(SWITCH) == "0":
-        log.info("native kernels are switched off by %s=0", SWITCH)
-        return None
+        return Build(None, f"switched off by {SWITCH}=0")
     compiler = _compiler()
     if compiler is None:
-        log.info("no C++ compiler was found: the engine runs on torch's operators")
-        return None
+        return Build(None, "no C++ compiler was found")
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return Build(ctypes.CDLL(str(_built(compiler))), f"compiled with {compiler[0]}")
     except subprocess.CalledProcessError as error:
         reason = (error.stderr or str(error)).strip().splitlines()[0]
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
-    log.warning("the native kernels cannot be used, the engine runs on torch's operators: %s", reason)
-    return None
+    warnings.warn(f"the engine runs on torch's operators, its kernels cannot be used: {reason}", stacklevel=3)
+    return Build(None, reason, broken=True)
 
 
 def _compiler() -> list[str] | None:
@@ -63,7 +78,6 @@ def _built(compiler: list[str]) -> Path:
             output = Path(scratch) / "kernels.so"
             _run([*compiler, *_FLAGS, str(sources / "kernels.cpp"), "-o", str(output)])
             output.replace(target)
-        log.info("compiled the native kernels with %s", compiler[0])
     return target
 
 

@@ -94,10 +94,14 @@ def pack(weight: Tensor, bfloat16: bool) -> Tensor:
 
 
 def pack_winograd(weight: Tensor) -> Tensor:
-    """U = G W Gᵀ of W [O, C, 3, 3], as [16, C, O]."""
-    transform = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-    points = torch.einsum("ar,ocrs,bs->abco", transform, weight.double(), transform)
-    return points.float().flatten(0, 1).contiguous()
+    """U = G W Gᵀ of W [O, C, 3, 3], as [36, C, O]. Row p of G is (1, p, p²)/Π(p − p') over the other points p'."""
+    a, b = 3 / 4, 3 / 2
+    points = [0, a, -a, b, -b]
+    scales = [1 / prod(p - other for other in points if other != p) for p in points]
+    rows = [[scale * p**k for k in range(3)] for p, scale in zip(points, scales, strict=True)]
+    transform = torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)
+    values = torch.einsum("ar,ocrs,bs->abco", transform, weight.double(), transform)
+    return values.float().flatten(0, 1).contiguous()
 
 
 def _paired(weight: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
-"""Operators that treat every element alone: a block stays a block.
+"""Operators that treat every element alone: a block stays a block, and one element of the result's shape stays one.
 
-    any f:       Δf = f(y₁ + δ₁, y₂ + δ₂, …) − f(y₁, y₂, …)
+    any f:       Δf = f(y₁ + δ₁, y₂ + δ₂, …) − f(y₁, y₂, …)      taken in the next wider type
     a ± s·b:     Δ = δa ± s·δb
     a·b:         Δ = δa·b + a·δb + δa·δb
-    a/b:         Δ = δa/b                      (b unchanged)
+    a/b:         Δ = (δa − a/b·δb)/(b + δb)
     −a:          Δ = −δa
-    a²:          Δ = (2a + δa)·δa
 
-The named forms do not cancel: their rounding is relative to δ, not to y.
+The named forms do not cancel: their rounding is relative to δ, not to y. More of them: `smooth`, `powers`, `piecewise`.
 """
 
 from dataclasses import dataclass, replace
@@ -16,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepzero_core.perturb.chain import Chain, added
 from deepzero_core.perturb.changes import Block, Change, OneHot, dense, difference, one_hot_block, take
-from deepzero_core.perturb.rules.registry import Call, Result, Rule, find, only_change, rule
+from deepzero_core.perturb.rules.general import widened
+from deepzero_core.perturb.rules.registry import Call, Result, Rule, find, plain_change, rule
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class _Aligned:
+class Aligned:
     """Operands and their differences on a common block, padded to the rank of the result: [P or 1, …]."""
 
     block: Block | None
@@ -57,7 +58,7 @@ def _common_block(changes: dict[int, Change], call: Call) -> Block | None:
     return Block(dim, start)
 
 
-def _align(call: Call) -> _Aligned | None:
+def align(call: Call) -> Aligned | None:
     output = call.output
     changes: dict[int, Change] = {}
     for position in call.changed():
@@ -84,34 +85,59 @@ def _align(call: Call) -> _Aligned | None:
     shape = list(output.shape)
     if block:
         shape[block.dim] = width
-    return _Aligned(block, tuple(on_block(operand) for operand in call.args), deltas, (call.count, *shape))
+    return Aligned(block, tuple(on_block(operand) for operand in call.args), deltas, (call.count, *shape))
 
 
-def _pointwise(call: Call) -> Result:
-    """Δf = f(y + δ) − f(y) on the block."""
+def pointwise(call: Call) -> Result:
+    """Δf = f(y + δ) − f(y) on the block, both in the next wider type: exact and slow."""
     if not isinstance(call.output, Tensor) or not call.output.is_floating_point():
         return None
-    aligned = _align(call)
+    aligned = align(call)
     if aligned is None or any(isinstance(arg, (list, tuple)) for arg in call.args):
         return None
-    operands = [base + aligned.deltas[i] if i in aligned.deltas else base for i, base in enumerate(aligned.bases)]
+    operands = [widened(base) for base in aligned.bases]
+    for position, delta in aligned.deltas.items():
+        operands[position] = operands[position] + delta
     width = aligned.shape[1 + aligned.block.dim] if aligned.block else 0
-    base = take(call.output, aligned.block, width)
-    return Change(difference(call.target(*operands, **call.kwargs), base).expand(aligned.shape), aligned.block)
+    base = call.once("wide", lambda: call.target(*(widened(arg) for arg in call.args), **call.kwargs))
+    delta = difference(call.target(*operands, **call.kwargs), take(base, aligned.block, width))
+    return Change(delta.to(call.output.dtype).expand(aligned.shape), aligned.block)
+
+
+def one_element(call: Call) -> Result:
+    """A one-hot change of an operand that has the result's shape stays one-hot: f is evaluated at P places alone."""
+    (position, *others) = call.changed()
+    change, shape = call.change(position), call.output.shape
+    if others or not isinstance(change, OneHot) or call.args[position].shape != shape:
+        return None
+    if not shape or not call.output.is_floating_point():
+        return None
+    place = torch.unravel_index(change.positions, shape)
+    operands = [widened(arg.expand(shape)[place] if isinstance(arg, Tensor) else arg) for arg in call.args]
+    before = call.target(*operands, **call.kwargs)
+    operands[position] = operands[position] + change.steps
+    after = call.target(*operands, **call.kwargs)
+    return OneHot(change.positions, difference(after, before).to(call.output.dtype))
 
 
 def rule_for(target: Any) -> Rule | None:
-    """The operator's own rule, or the pointwise one where torch declares the operator pointwise."""
+    """The operator's own rule; before it, where torch declares the operator pointwise, that of one element, and behind
+    it that of any f."""
     own = find(target)
-    if own is None and torch.Tag.pointwise in getattr(target, "tags", ()):
-        return _pointwise
-    return own
+    if torch.Tag.pointwise not in getattr(target, "tags", ()) or target is aten.clone.default:
+        return own
+    rules = [one_element, own or pointwise]
+    return lambda call: next((result for result in (rule(call) for rule in rules) if result is not None), None)
 
 
-@rule(aten.add.Tensor, aten.sub.Tensor)
+@rule(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)
 def sum_of_two(call: Call) -> Result:
     """Δ(a ± s·b) = δa ± s·δb."""
-    aligned = _align(call)
+    if call.target is aten.add.Tensor and call.kwargs.get("alpha", 1) == 1:
+        open_sum = _open_sum(call)
+        if open_sum is not None:
+            return open_sum
+    aligned = align(call)
     if aligned is None or not call.output.is_floating_point():
         return None
     scale = call.kwargs.get("alpha", 1)
@@ -121,10 +147,22 @@ def sum_of_two(call: Call) -> Result:
     return Change(total.to(call.output.dtype).expand(aligned.shape), aligned.block)
 
 
-@rule(aten.mul.Tensor)
+def _open_sum(call: Call) -> Change | None:
+    """A chain that need not be evaluated to be added: to what stays, or to a change on the same block."""
+    moving = [change for change in map(call.change, call.changed()) if isinstance(change, Change)]
+    shapes = {call.args[position].shape for position in call.changed()} | {call.output.shape}
+    if len(moving) < len(call.changed()) or len(shapes) > 1 or not call.output.is_floating_point():
+        return None
+    first, *others = moving
+    if others:
+        return added(first, others[0])
+    return first if isinstance(first, Chain) and call.args[call.changed()[0]].dtype == call.output.dtype else None
+
+
+@rule(aten.mul.Tensor, aten.mul.Scalar)
 def product_of_two(call: Call) -> Result:
     """Δ(a·b) = δa·b + a·δb + δa·δb."""
-    aligned = _align(call)
+    aligned = align(call)
     if aligned is None or not call.output.is_floating_point():
         return None
     if len(aligned.deltas) == 1:
@@ -136,49 +174,25 @@ def product_of_two(call: Call) -> Result:
     return Change(change.to(call.output.dtype).expand(aligned.shape), aligned.block)
 
 
-@rule(aten.div.Tensor)
+@rule(aten.div.Tensor, aten.div.Scalar)
 def quotient_of_two(call: Call) -> Result:
-    """Δ(a/b) = δa/b where b stays; otherwise pointwise."""
-    if call.changed() != (0,):
-        return _pointwise(call)
-    aligned = _align(call)
+    """Δ(a/b) = (δa − a/b·δb)/(b + δb)."""
+    aligned = align(call)
     if aligned is None or not call.output.is_floating_point():
         return None
-    quotient = (aligned.deltas[0] / aligned.bases[1]).to(call.output.dtype)
-    return Change(quotient.expand(aligned.shape), aligned.block)
+    if 1 not in aligned.deltas:
+        change = aligned.deltas[0] / aligned.bases[1]
+    elif not call.finite():
+        return pointwise(call)
+    else:
+        width = aligned.shape[1 + aligned.block.dim] if aligned.block else 0
+        shrink = take(call.output, aligned.block, width) * aligned.deltas[1]
+        change = (aligned.deltas.get(0, 0) - shrink) / (aligned.bases[1] + aligned.deltas[1])
+    return Change(change.to(call.output.dtype).expand(aligned.shape), aligned.block)
 
 
-@rule(aten.neg.default)
+@rule(aten.neg.default, aten.rsub.Scalar)
 def negative(call: Call) -> Result:
-    """Δ(−a) = −δa."""
-    change = only_change(call)
-    return Change(-change.delta, change.block) if change else None
-
-
-@rule(aten.pow.Tensor_Scalar)
-def power(call: Call) -> Result:
-    """Δ(a²) = (2a + δa)·δa; other exponents are pointwise."""
-    change = only_change(call)
-    if change is None or call.args[1] != 2 or not call.output.is_floating_point():
-        return _pointwise(call)
-    base = take(call.args[0], change.block, change.width if change.block else 0)
-    return Change(torch.add(change.delta, base, alpha=2) * change.delta, change.block)
-
-
-@rule(aten.mse_loss.default)
-def squared_error(call: Call) -> Result:
-    """Δ(y − t)² = (2(y − t) + δ)·δ, then its mean or sum; t unchanged."""
-    change = only_change(call)
-    if change is None or call.args[0].shape != call.args[1].shape:
-        return None
-    delta = dense(change, call.args[0].shape)
-    error = call.once("error", lambda: call.args[0] - call.args[1])
-    squared = torch.add(delta, error, alpha=2) * delta
-    axes = list(range(1, squared.ndim))
-    match call.argument(2, 1):
-        case 0:
-            return Change(squared)
-        case 1:
-            return Change(squared.mean(axes) if axes else squared)
-        case _:
-            return Change(squared.sum(axes) if axes else squared)
+    """Δ(b − s·a) = −s·δa."""
+    change = plain_change(call)
+    return Change(-call.argument(2, 1) * change.delta, change.block) if change else None

@@ -2,8 +2,9 @@
 
     Δf[p] = f(y₁ + δ₁[p], …) − f(y₁, …)
 
-It has the semantics of P separate evaluations, whatever the operator does with its axes. Where torch has no batching
-rule for an operator it is evaluated P times.
+It has the semantics of P separate evaluations, whatever the operator does with its axes. Both values are taken in the
+next wider type, where their difference keeps the digits of δ. Where torch has no batching rule for an operator it is
+evaluated P times.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,10 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from deepzero_core.perturb.changes import AnyChange, Change, Replaced, difference, perturbed
 from deepzero_core.perturb.rules.registry import Call, Result
+
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+
+
+def widened(value: Any) -> Any:
+    """A tensor of floats in the next wider type, anything else as it is."""
+    return value.to(_WIDER.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
 
 
 def _is_none(value: Any) -> bool:
@@ -36,48 +44,71 @@ def _moving(call: Call) -> dict[int, AnyChange]:
 
 
 def operand_bytes(call: Call) -> int:
-    """What `general` lays out: every operand that changes, whole, once for each perturbation."""
+    """What `general` lays out: every operand that changes, whole and wide, once for each perturbation."""
     leaves, _ = tree_flatten(call.args, is_leaf=_is_none)
-    total: int = sum(leaves[i].numel() * leaves[i].element_size() for i in _moving(call))
+    total = 0
+    for i in _moving(call):
+        total += leaves[i].numel() * _WIDER.get(leaves[i].dtype, leaves[i].dtype).itemsize
     return call.count * total
 
 
 def general(call: Call) -> Result:
     """The change of any operator's result."""
+    base = call.once("wide", lambda: _wide_output(call))
+    widen = widened if base is not None else (lambda value: value)
     bases, structure = tree_flatten((call.args, call.kwargs), is_leaf=_is_none)
+    bases = [widen(leaf) for leaf in bases]
     moved = _moving(call)
-    batched = [perturbed(bases[i], change) for i, change in moved.items()]
+    batched = [widen(perturbed(bases[i], change)) for i, change in moved.items()]
 
     def evaluate(*operands: Tensor) -> Any:
         leaves = list(bases)
         for i, operand in zip(moved, operands, strict=True):
             leaves[i] = operand
         args, kwargs = tree_unflatten(leaves, structure)
-        return call.target(*args, **kwargs)
+        return _tensors(call.target(*args, **kwargs))
 
+    outputs = _tensors(call.output)
     values = _evaluate_all(evaluate, batched, call.count)
+    known = _tensors(call.output if base is None else base)
+    changes = iter([_difference(*found) for found in zip(values, known, outputs, strict=True)])
     if isinstance(call.output, Tensor):
-        return _difference(values, call.output)
+        return next(changes)
+    return tuple(next(changes) if isinstance(part, Tensor) else None for part in call.output)
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    """The tensors among an operator's results."""
     return tuple(
-        _difference(value, base) if isinstance(base, Tensor) else None
-        for value, base in zip(values, call.output, strict=True)
+        part for part in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(part, Tensor)
     )
 
 
-def _evaluate_all(evaluate: Callable[..., Any], batched: list[Tensor], count: int) -> Any:
+def _wide_output(call: Call) -> Any:
+    """The base result of the operator in the wider type; None where it has none: an operator may be of one type only,
+    one from outside torch always is."""
+    widest = all(leaf is widened(leaf) for leaf in tree_flatten((call.args, call.kwargs))[0])
+    if widest or getattr(call.target, "namespace", "") != "aten":
+        return None
     try:
-        with _quiet_fallback():
-            return torch.vmap(evaluate)(*batched)
+        return call.target(*tree_map(widened, call.args), **tree_map(widened, call.kwargs))
+    except RuntimeError:
+        return None
+
+
+def _evaluate_all(evaluate: Callable[..., tuple[Tensor, ...]], batched: list[Tensor], count: int) -> tuple[Tensor, ...]:
+    try:
+        with quiet_fallback():
+            values: tuple[Tensor, ...] = torch.vmap(evaluate)(*batched)
+            return values
     except RuntimeError:
         # vmap says in this way that it cannot batch an operator; a true failure of the operator comes again here.
         results = [evaluate(*(operand[p] for operand in batched)) for p in range(count)]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results)
-    return tuple(torch.stack(parts) if isinstance(parts[0], Tensor) else None for parts in zip(*results, strict=True))
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
 
 
 @contextmanager
-def _quiet_fallback() -> Iterator[None]:
+def quiet_fallback() -> Iterator[None]:
     """Without torch's line on stderr, at every call, that it loops over an operator that it cannot batch."""
     show: Callable[[bool], None] = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]  # not in torch's stubs
     show(False)
@@ -87,5 +118,5 @@ def _quiet_fallback() -> Iterator[None]:
         show(True)
 
 
-def _difference(value: Tensor, base: Tensor) -> AnyChange:
-    return Change(difference(value, base)) if base.is_floating_point() else Replaced(value)
+def _difference(value: Tensor, base: Tensor, output: Tensor) -> AnyChange:
+    return Change(difference(value, base).to(output.dtype)) if base.is_floating_point() else Replaced(value)

@@ -1,11 +1,11 @@
-"""Matrix products, out = a·b (+ bias): linear layers and attention.
+"""Matrix products, out = a·b (+ bias): linear layers and attention. Blocks of examples, rows and columns stay blocks.
 
 b moves at (k, n) by s:   Δ[:, n] = s·a[:, k]         one column
 a moves at (m, k) by s:   Δ[m, :] = s·b[k, :]         one row
 a moves by δ:             Δ = δ·b                     only the rows of b that meet a block of columns
 b moves by δ:             Δ = a·δ
 both:                     Δ = δa·b + a·δb + δa·δb
-bias moves at n by s:     Δ[…, n] = s
+bias moves by δ:          Δ = δ, in every row
 """
 
 from dataclasses import replace
@@ -14,59 +14,63 @@ import torch
 from torch import Tensor
 
 from deepzero_core.perturb.changes import AnyChange, Block, Change, OneHot, dense, one_hot_block, take
-from deepzero_core.perturb.rules.registry import Call, Result, only_one_hot, rule
+from deepzero_core.perturb.rules.elementwise import sum_of_two
+from deepzero_core.perturb.rules.registry import Call, Result, rule
 
 aten = torch.ops.aten
 
 
-@rule(aten.mm.default)
-def mm(call: Call) -> Result:
+@rule(aten.mm.default, aten.bmm.default)
+def matrix_product(call: Call) -> Result:
+    """[M, K]·[K, L], or N of them."""
     return _product(call.args[0], call.args[1], call.change(0), call.change(1))
 
 
-@rule(aten.addmm.default)
-def addmm(call: Call) -> Result:
-    beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
-    if 0 not in call.changed():
-        product = _product(call.args[1], call.args[2], call.change(1), call.change(2))
-        return replace(product, delta=alpha * product.delta) if product and alpha != 1 else product
-    bias = only_one_hot(call, 0)
-    if bias is None:
+@rule(aten.addmm.default, aten.baddbmm.default)
+def product_and_sum(call: Call) -> Result:
+    """β·bias + α·a·b."""
+    added, product = call.change(0), None
+    if call.changed() != (0,):
+        found = _product(call.args[1], call.args[2], call.change(1), call.change(2))
+        if found is None:
+            return None
+        product = _scaled(found, call.kwargs.get("alpha", 1))
+    if added is None:
+        return product
+    if not isinstance(added, (OneHot, Change)):
         return None
-    change = one_hot_block(bias, call.args[0].shape)
-    assert change.block is not None
-    rows, columns = call.output.shape
-    on_columns = call.args[0].shape[-1:] == (columns,) and change.block.dim == call.args[0].ndim - 1
-    if not on_columns or call.args[0].numel() != columns:
-        return None
-    return Change(beta * change.delta.reshape(-1, 1, 1).expand(-1, rows, 1), Block(1, change.block.start))
+    operands, changes = (call.args[0], call.output), (_scaled(added, call.kwargs.get("beta", 1)), product)
+    return sum_of_two(replace(call, target=aten.add.Tensor, args=operands, kwargs={}, changes=changes))
 
 
-@rule(aten.bmm.default)
-def bmm(call: Call) -> Result:
-    """[N, M, K]·[N, K, L]; blocks along the batch axis stay blocks."""
-    a, b = call.args
-    changes = [call.change(0), call.change(1)]
-    if any(not isinstance(change, (Change, OneHot)) for change in changes if change is not None):
+@rule(aten.mv.default, aten.dot.default)
+def vector_product(call: Call) -> Result:
+    """[M, K]·[K] and [K]·[K], as products of matrices with one column or row."""
+    (a, b), (change_a, change_b) = call.args, (call.change(0), call.change(1))
+    if isinstance(change_b, Change):
+        change_b = Change(change_b.delta.unsqueeze(2), change_b.block)
+    if a.ndim == 1:
+        a = a.unsqueeze(0)
+        if isinstance(change_a, Change):
+            block = change_a.block and replace(change_a.block, dim=1)
+            change_a = Change(change_a.delta.unsqueeze(1), block)
+    product = _product(a, b.unsqueeze(1), change_a, change_b)
+    if product is None:
         return None
-    if len(call.changed()) == 1:
-        (position,) = call.changed()
-        change = changes[position]
-        if isinstance(change, Change) and change.block and change.block.dim == 0:
-            other = take(call.args[1 - position], change.block, change.width)
-            product = change.delta @ other if position == 0 else other @ change.delta
-            return Change(product, change.block)
-    da = dense(changes[0], a.shape) if isinstance(changes[0], (Change, OneHot)) else None
-    db = dense(changes[1], b.shape) if isinstance(changes[1], (Change, OneHot)) else None
-    if db is None:
-        assert da is not None
-        return Change(torch.matmul(da, b))
-    if da is None:
-        return Change(torch.matmul(a, db))
-    return Change(torch.matmul(da, b) + torch.matmul(a + da, db))
+    rows = product.block if product.block and product.block.dim == 0 and call.output.ndim else None
+    return Change(product.delta.flatten(1) if call.output.ndim else product.delta.flatten(), rows)
+
+
+def _scaled(change: OneHot | Change, factor: float) -> OneHot | Change:
+    if factor == 1:
+        return change
+    if isinstance(change, OneHot):
+        return OneHot(change.positions, factor * change.steps)
+    return Change(factor * change.delta, change.block)
 
 
 def _product(a: Tensor, b: Tensor, change_a: AnyChange | None, change_b: AnyChange | None) -> Change | None:
+    """Δ(a·b) of matrices [M, K]·[K, L] or [N, M, K]·[N, K, L]."""
     if change_a is not None and change_b is not None:
         if not isinstance(change_a, (Change, OneHot)) or not isinstance(change_b, (Change, OneHot)):
             return None
@@ -75,34 +79,46 @@ def _product(a: Tensor, b: Tensor, change_a: AnyChange | None, change_b: AnyChan
     if change_a is not None:
         return _left(a, b, change_a)
     # aᵀ and bᵀ swap roles: (a·b)ᵀ = bᵀ·aᵀ.
-    transposed = _left(b.t(), a.t(), _transpose(change_b, b.shape)) if change_b is not None else None
-    if transposed is None:
-        return None
-    block = transposed.block and replace(transposed.block, dim=1 - transposed.block.dim)
-    return Change(transposed.delta.transpose(1, 2), block)
+    transposed = _left(b.mT, a.mT, _transpose(change_b, b.shape)) if change_b is not None else None
+    return None if transposed is None else _swapped(transposed)
 
 
 def _transpose(change: AnyChange, shape: torch.Size) -> AnyChange:
     if isinstance(change, OneHot):
+        if len(shape) > 2:
+            return _swapped(one_hot_block(change, shape))
         rows, columns = shape
         position = change.positions % columns * rows + change.positions // columns
         return OneHot(position, change.steps)
-    if isinstance(change, Change):
-        block = change.block and replace(change.block, dim=1 - change.block.dim)
-        return Change(change.delta.transpose(1, 2), block)
-    return change
+    return _swapped(change) if isinstance(change, Change) else change
+
+
+def _swapped(change: Change) -> Change:
+    """The change of the transposed matrix."""
+    rank = change.delta.ndim - 1
+    places = {rank - 2: rank - 1, rank - 1: rank - 2}
+    block = change.block and replace(change.block, dim=places.get(change.block.dim, change.block.dim))
+    return Change(change.delta.mT, block)
 
 
 def _left(a: Tensor, b: Tensor, change: AnyChange) -> Change | None:
-    """Δ(a·b) when a [M, K] changes and b [K, N] stays."""
+    """Δ(a·b) when a [(N,) M, K] changes and b [(N,) K, L] stays."""
     if isinstance(change, OneHot):
+        if a.ndim > 2:
+            return _left(a, b, one_hot_block(change, a.shape))
         row, column = change.positions // a.shape[1], change.positions % a.shape[1]
         delta = change.steps[:, None] * b[column]
         return Change(delta.unsqueeze(1), Block(0, tuple(row.tolist())))
     if not isinstance(change, Change):
         return None
+    if b.ndim > 2 and b.shape[0] and b.stride(0) == 0:
+        # One matrix for all N: the product runs over all rows at once.
+        b = b[0]
     block = change.block
-    if block is not None and block.dim == 1:
-        rows = take(b, Block(0, block.start), change.width)
-        return Change(torch.matmul(change.delta, rows.squeeze(0) if rows.shape[0] == 1 else rows))
+    if block is not None and block.dim == a.ndim - 1:
+        met = take(b, Block(b.ndim - 2, block.start), change.width)
+        met = met.squeeze(0) if met.shape[0] == 1 else met.view(-1, *[1] * (a.ndim - b.ndim), *met.shape[1:])
+        return Change(torch.matmul(change.delta, met))
+    if block is not None and block.dim < b.ndim - 2:
+        b = take(b, block, change.width)
     return Change(torch.matmul(change.delta, b), block)

@@ -4,7 +4,9 @@ A loss is a mean: its difference must be the mean of the differences. The differ
 float32 gradient two digits.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -18,35 +20,35 @@ aten = torch.ops.aten
 
 @rule(aten.sum.dim_IntList, aten.mean.dim, aten.sum.default, aten.mean.default)
 def sum_or_mean(call: Call) -> Result:
-    """Δ = Σ δ (÷ the number of elements); a block that is summed over leaves a dense result."""
+    """Δ = Σ δ (÷ their number: NaN where there are none); a block that is summed over leaves a dense result."""
     change = only_change(call)
     inputs: Tensor = call.args[0]
     if change is None or call.kwargs.get("dtype") not in (None, inputs.dtype) or not inputs.is_floating_point():
         return None
     axes = sorted(axis % max(inputs.ndim, 1) for axis in call.argument(1) or range(inputs.ndim))
-    keep = bool(call.argument(2, False))
-    total = change.delta.sum([1 + axis for axis in axes], keepdim=keep) if axes else change.delta
+    total = change.delta.sum([1 + axis for axis in axes], keepdim=True) if axes else change.delta
     if call.target in (aten.mean.dim, aten.mean.default):
-        total = total / max(_count(inputs, axes), 1)
-    block = change.block
-    if block is not None and block.dim in axes:
-        block = None
-    elif block is not None and not keep:
-        block = Block(block.dim - sum(axis < block.dim for axis in axes), block.start)
-    return Change(total, block)
+        total = total / prod(inputs.shape[axis] for axis in axes)
+    block = None if change.block and change.block.dim in axes else change.block
+    return summed_over(axes, bool(call.argument(2, False)), total, block)
 
 
-def _count(inputs: Tensor, axes: list[int]) -> int:
-    count = 1
-    for axis in axes:
-        count *= inputs.shape[axis]
-    return count
+def summed_over(axes: Sequence[int], keep: bool, delta: Tensor, block: Block | None) -> Change:
+    """The change behind a sum over axes that `delta` still has, of length 1, and that are dropped unless kept."""
+    gone = sorted(axis % (delta.ndim - 1) for axis in axes)
+    if keep or not gone:
+        return Change(delta, block)
+    if block is not None:
+        block = Block(block.dim - sum(axis < block.dim for axis in gone), block.start)
+    return Change(delta.squeeze([1 + axis for axis in gone]), block)
 
 
 _LINEAR_IN_FIRST = (
     aten.cumsum.default,
     aten.flip.default,
     aten.roll.default,
+    aten.tril.default,
+    aten.triu.default,
     aten.index_select.default,
     aten.gather.default,
     aten.im2col.default,
@@ -120,20 +122,29 @@ def copy(call: Call) -> Result:
 
 @rule(aten.cat.default)
 def concatenation(call: Call) -> Result:
-    """Δ = concatenation of the differences; one changed operand that is a block along the axis only shifts."""
+    """Δ = concatenation of the differences. One operand that moves is a block of the result, or a part of one."""
     tensors, changes = call.args[0], call.changes[0]
     if any(tensor.ndim != call.output.ndim or tensor.dtype != call.output.dtype for tensor in tensors):
         return None
     axis = call.argument(1, 0) % call.output.ndim
-    moving = [i for i, change in enumerate(changes) if change is not None]
-    if len(moving) == 1 and isinstance(changes[moving[0]], Change):
-        change = changes[moving[0]]
-        offset = sum(tensor.shape[axis] for tensor in tensors[: moving[0]])
-        if change.block is None:
-            return Change(change.delta, Block(axis, (offset,) * call.count))
-        if change.block.dim == axis:
-            return Change(change.delta, replace(change.block, start=tuple(s + offset for s in change.block.start)))
-    return _joined(call)
+    (first, *others) = (i for i, change in enumerate(changes) if change is not None)
+    change, offset = changes[first], sum(tensor.shape[axis] for tensor in tensors[:first])
+    if others or not isinstance(change, (Change, OneHot)):
+        return _joined(call)
+    if isinstance(change, OneHot):
+        return _shifted(change, tensors[first].shape, call.output.shape, axis, offset)
+    if change.block is not None and change.block.dim == axis:
+        return Change(change.delta, replace(change.block, start=tuple(s + offset for s in change.block.start)))
+    return Change(dense(change, tensors[first].shape), Block(axis, (offset,) * call.count))
+
+
+def _shifted(change: OneHot, old: torch.Size, new: torch.Size, axis: int, offset: int) -> OneHot:
+    """The element's place in a tensor of shape `new` that holds one of shape `old` from `offset` on along an axis."""
+    places = list(torch.unravel_index(change.positions, old))
+    places[axis] = places[axis] + offset
+    strides = [prod(new[dim + 1 :]) for dim in range(len(new))]
+    positions = torch.stack([place * stride for place, stride in zip(places, strides, strict=True)]).sum(0)
+    return OneHot(positions, change.steps)
 
 
 @rule(aten.stack.default)

@@ -111,6 +111,10 @@ def plain_change(call: Call, position: int = 0) -> Change | None:
     return one_hot_block(change, call.args[position].shape) if change else only_change(call, position)
 
 
+LARGEST_EXPONENT = 30.0
+"""Differences beyond it are not put into expm1, which overflows where the factor beside it vanishes."""
+
+
 def within(delta: Tensor, limit: float) -> bool:
     """Whether every |δ| ≤ limit; never where a difference is NaN."""
     if not delta.numel():

@@ -1,0 +1,50 @@
+"""What the engine has to reach: ratios of a baseline's time to the engine's, and relative errors of its gradients."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bar:
+    """must: what is required; aim: what is hoped for. `lower`: smaller is better."""
+
+    must: float
+    aim: float | None = None
+    lower: bool = False
+
+    def verdict(self, value: float) -> str:
+        """The bar in words, and whether a value meets it."""
+        met = self._reaches(value, self.must)
+        aimed = self.aim is not None and self._reaches(value, self.aim)
+        aim = "" if self.aim is None else f", aim {self._shown(self.aim)}"
+        return f"must {self._shown(self.must)}{aim}: {'aim met' if aimed else 'met' if met else 'not met'}"
+
+    def _reaches(self, value: float, wanted: float) -> bool:
+        return value <= wanted if self.lower else value >= wanted
+
+    def _shown(self, value: float) -> str:
+        return f"{value:.0e}" if self.lower else f"{value:g}×"
+
+
+# (case, baseline, kind of device), on two cores unless it is a GPU
+SPEED = {
+    ("cnn5", "feature reuse", "cpu"): Bar(15, 25),
+    ("resnet20-90-b64", "feature reuse", "cpu"): Bar(3.5, 6),
+    ("dncnn17", "feature reuse", "cpu"): Bar(2.5, 4),
+    ("cnn5", "vmap", "cpu"): Bar(5, 15),
+    ("resnet20-90-b64", "vmap", "cpu"): Bar(5, 15),
+    ("dncnn17", "vmap", "cpu"): Bar(5, 15),
+    ("cnn5", "feature reuse", "cuda"): Bar(60, 150),
+    ("resnet20-90-b256", "feature reuse", "cuda"): Bar(20, 50),
+    ("workers", "one worker", "cpu"): Bar(1.8, 1.95),
+}
+
+# precision of the engine → bar; relative error against float64 CGE at μ = 5e-3, against autograd at μ = 1e-6
+AGAINST_CGE = {
+    "value": Bar(2e-3, lower=True),
+    "float32": Bar(1e-4, 3e-5, lower=True),
+    "bfloat16": Bar(1e-2, 5e-3, lower=True),
+}
+AGAINST_DERIVATIVE = {
+    "float32": Bar(1e-5, 2e-6, lower=True),
+    "bfloat16": Bar(1e-2, 5e-3, lower=True),
+}

@@ -1,0 +1,20 @@
+"""What a run ran on and with."""
+
+import psutil
+import torch
+
+from deepzero_core.perturb.native.build import library
+from tasks.environment import environment, version
+
+
+def machine(threads: int, device: torch.device) -> dict[str, object]:
+    """Versions, commit and hardware (see `tasks.environment`), threads, device, kernels of the engine,
+    and the load: processes that ran or waited on average over the last minute."""
+    torch_kernels = f"torch, {torch.backends.cpu.get_cpu_capability()}"
+    return environment() | {
+        "torchzero": version("torchzero"),
+        "threads": threads,
+        "load": round(psutil.getloadavg()[0], 2),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "kernels": "compiled for this processor" if library() is not None else torch_kernels,
+    }

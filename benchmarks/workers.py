@@ -1,0 +1,78 @@
+"""The case `workers`: one estimate of the CNN of five blocks on two Dask workers against one, each on one thread."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.measure import MU, Options, Report
+from benchmarks.results import Row
+from benchmarks.timing import Contender, clock_of, in_turns
+from deepzero_core.data import write_store
+from deepzero_core.estimators.cge import DEFAULT_MEMORY
+from deepzero_core.perturb.coordinates import count, resolve
+from deepzero_core.training import Batch
+from infra.cluster import connect
+from infra.forward import DistributedCGE, Problem
+
+TIMEOUT_S = 600.0
+
+
+def measure_workers(options: Options, report: Report, *, depth: int = 5, batch: int = 128, size: int = 32) -> list[Row]:
+    """Both clusters stay up and take turns; what they return has to be the same bits."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        connect(1, None, TIMEOUT_S) as single,
+        connect(2, None, TIMEOUT_S) as double,
+    ):
+        problem = _problem(Path(folder) / "store", depth, batch, size)
+        module = problem.build_module()
+        step = Batch(0, 0, 0, *problem.build_batches().batch(0, 0))
+        with (
+            DistributedCGE(single, problem, TIMEOUT_S) as one,
+            DistributedCGE(double, problem, TIMEOUT_S) as two,
+        ):
+            coordinates = resolve(module, None)
+            contenders = [
+                Contender(
+                    name, lambda chosen, source=source: source.estimate(module, step, chosen).gradients, coordinates, ()
+                )
+                for name, source in (("one worker", one), ("two workers", two))
+            ]
+            report("workers: warming up")
+            first, second = (contender.slopes(coordinates) for contender in contenders)
+            if any(not torch.equal(first[name], second[name]) for name in first):
+                raise AssertionError("two workers return other bits than one")
+            times = in_turns(
+                contenders,
+                options.repeats,
+                clock_of(torch.device("cpu")),
+                lambda repeat, contender: report(
+                    f"workers: {contender.name}, repeat {repeat + 1} of {options.repeats}"
+                ),
+            )
+    about = f"CNN depth {depth}, dense, batch {batch}: two Dask workers"
+    baselines = {"one worker": times["one worker"]}
+    return [Row("workers", about, "float32", "cpu", count(coordinates), times["two workers"], baselines)]
+
+
+def _problem(store: Path, depth: int, batch: int, size: int) -> Problem:
+    """The CNN on random images, as a run would hand it to its workers."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (batch, 3, size, size), dtype=np.uint8)
+    split = images, np.arange(batch) % 10
+    names = [str(label) for label in range(10)]
+    write_store(
+        store, {"train": split, "test": split}, name="random", source="drawn", licence="none", class_names=names
+    )
+    augmentation = {"crop_padding": 0, "flip": False}
+    model = {"name": "cnn", "in_channels": 3, "num_classes": 10, "image_size": size, "depth": depth, "seed": 0}
+    return Problem(
+        store=store,
+        batches={"batch_size": batch, "seed": 0, "augmentation": augmentation},
+        model=model,
+        mu=MU,
+        difference="forward",
+        memory=DEFAULT_MEMORY,
+    )

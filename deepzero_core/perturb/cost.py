@@ -1,0 +1,118 @@
+"""What a perturbation costs: floating-point operations and bytes, by stretch of the graph, and the time that they take.
+
+    owner    the parameter's own operator
+    thin     a block of channels or columns moves
+    dense    everything moves
+
+    seconds = operations / peak operations + bytes / peak bandwidth
+
+Operations are those of the direct formula: a convolution by Winograd's method counts as much as any other, so that
+shares of the peak are comparable and may exceed 1. Bytes are those of the changes, read and written once per operator.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepzero_core.perturb.chain import Chain
+from deepzero_core.perturb.changes import Change, OneHot
+from deepzero_core.perturb.machine import Machine
+from deepzero_core.perturb.rules.registry import Call
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations and bytes of memory traffic."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(self.flops * times, self.bytes * times)
+
+    def seconds(self, machine: Machine) -> float:
+        """The time that the machine needs at its peaks."""
+        return self.flops / machine.flops + self.bytes / machine.bandwidth
+
+
+def total(costs: Mapping[str, Cost]) -> Cost:
+    """The sum over stretches or parameters."""
+    return sum(costs.values(), Cost())
+
+
+def stretch(call: Call, result: Any) -> str:
+    """Where on its way to the loss a change is: "owner", "thin" or "dense"."""
+    if any(isinstance(call.change(position), OneHot) for position in call.changed()):
+        return "owner"
+    first = result[0] if isinstance(result, tuple) else result
+    return "thin" if isinstance(first, Change) and first.block is not None else "dense"
+
+
+def work(call: Call, result: Any) -> Cost:
+    """The cost of one operator's change, for all of the call's perturbations."""
+    first = result[0] if isinstance(result, tuple) else result
+    if isinstance(first, OneHot) or not isinstance(first, Change):
+        return Cost()
+    elements = prod(_shape(first, call))
+    operands = [call.change(position) for position in call.changed()]
+    read = sum(_elements(change) for change in operands if isinstance(change, Change))
+    # An open chain that is not rectified yet is written only when it is closed.
+    written = 0 if isinstance(first, Chain) and first.terms is not None and first.terms.slope is None else elements
+    size = _output(call).element_size()
+    return Cost(float(elements * _operations(call)), float(size * (read + written)))
+
+
+def _operations(call: Call) -> int:
+    """Floating-point operations per element of the result."""
+    contracted = _CONTRACTED.get(call.target)
+    if contracted is None or any(isinstance(call.change(position), OneHot) for position in call.changed()):
+        return 2
+    change = next((call.change(i) for i in call.changed() if isinstance(call.change(i), Change)), None)
+    axis, weight = contracted
+    length: int = weight(call)
+    if isinstance(change, Change) and change.block is not None and change.block.dim == axis:
+        length = length // call.args[call.changed()[0]].shape[axis] * change.width
+    return 2 * length
+
+
+def _kernel(call: Call) -> int:
+    weight: Tensor = call.args[1]
+    return prod(weight.shape[1:])
+
+
+# By operator: the axis of its operand that is summed over, and how many products make one element of the result.
+_CONTRACTED: dict[Any, Any] = {
+    aten.convolution.default: (1, _kernel),
+    aten.mm.default: (1, lambda call: call.args[0].shape[1]),
+    aten.addmm.default: (1, lambda call: call.args[1].shape[1]),
+    aten.bmm.default: (2, lambda call: call.args[0].shape[2]),
+}
+
+
+def _output(call: Call) -> Tensor:
+    output = call.output[0] if isinstance(call.output, (tuple, list)) else call.output
+    assert isinstance(output, Tensor)
+    return output
+
+
+def _shape(change: Change, call: Call) -> list[int]:
+    shape = [change.count, *_output(call).shape]
+    if change.block is not None:
+        shape[1 + change.block.dim] = change.width
+    return shape
+
+
+def _elements(change: Change) -> int:
+    if isinstance(change, Chain) and change.terms is not None:
+        residual = change.terms.residual
+        return change.terms.source.numel() + (0 if residual is None else residual.numel())
+    return change.delta.numel()

@@ -1,0 +1,51 @@
+"""What this machine can do at most, measured: the yardstick of predictions and of the achieved share of the peak."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+_SIZE = 1024
+"""Of the square matrices that are multiplied: 12 MiB in all, 2 GFLOP."""
+_STREAM_BYTES = 64 << 20
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Peaks with `threads` threads: floating-point operations and bytes of memory traffic per second."""
+
+    threads: int
+    flops: float
+    bandwidth: float
+
+
+NOMINAL = Machine(1, 80e9, 15e9)
+"""One core of an ordinary server: for plans that must be the same on every machine."""
+
+
+def measured() -> Machine:
+    """The peaks for torch's present number of threads; a tenth of a second the first time."""
+    return _measured(torch.get_num_threads())
+
+
+@cache
+def _measured(threads: int) -> Machine:
+    a, b = torch.ones(_SIZE, _SIZE), torch.ones(_SIZE, _SIZE)
+    product = torch.empty(_SIZE, _SIZE)
+    stream = torch.ones(_STREAM_BYTES // 4)
+    moved = torch.empty_like(stream)
+    flops = 2 * _SIZE**3 / _fastest(lambda: torch.mm(a, b, out=product))
+    return Machine(threads, flops, 2 * _STREAM_BYTES / _fastest(lambda: torch.mul(stream, 2, out=moved)))
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    """Seconds: the best of a few, since whatever disturbs a measurement makes it slower."""
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)
