@@ -163,14 +163,14 @@ def assert_same_outcome(case: Case, inputs: Tensor, targets: Tensor) -> None:
         )
 
 
-@pytest.mark.parametrize("case", REGISTRY[::2], ids=str)
+@pytest.mark.parametrize("case", REGISTRY[::3], ids=str)
 def test_no_examples(case: Case) -> None:
     """The mean over nothing is NaN; what an operator refuses, it refuses here too."""
     _, inputs, targets = case.build()
     assert_same_outcome(case, inputs[:0], targets[:0])
 
 
-@pytest.mark.parametrize("case", REGISTRY[1::2], ids=str)
+@pytest.mark.parametrize("case", REGISTRY[1::3], ids=str)
 def test_one_example(case: Case) -> None:
     _, inputs, targets = case.build()
     assert_same_outcome(case, inputs[:1], targets[:1])
@@ -190,12 +190,12 @@ LAYOUTS: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
-@pytest.mark.parametrize("place", range(0, len(REGISTRY), 2), ids=lambda place: str(REGISTRY[place]))
+@pytest.mark.parametrize("place", range(2, len(REGISTRY), 3), ids=lambda place: str(REGISTRY[place]))
 def test_inputs_of_any_layout(place: int) -> None:
     """Transposed, with gaps, one example repeated without memory: the cases take turns."""
     case = REGISTRY[place]
     _, inputs, targets = case.build()
-    assert_same_outcome(case, LAYOUTS[place // 2 % 3](inputs), targets)
+    assert_same_outcome(case, LAYOUTS[place // 3 % 3](inputs), targets)
 
 
 # No kernel of this type, or gradients that bfloat16 does not resolve at all.

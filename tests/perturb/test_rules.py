@@ -2,6 +2,9 @@
 
 # ruff: noqa: E501  (a registry: one case, one line)
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from cases import LAYERS, NETWORKS, Apply, Case, after_conv, after_linear, layer
@@ -9,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepzero_core import cge, reference
-from deepzero_core.perturb.rules import registry, rule
+from deepzero_core.perturb.changes import Block, Change, OneHot, dense
+from deepzero_core.perturb.rules import general, registry, rule, transposed
+from deepzero_core.perturb.rules.elementwise import rule_for
 
 
 def select_written(y: Tensor) -> Tensor:
@@ -81,6 +86,105 @@ def test_every_rule_answers_in_some_case(monkeypatch: pytest.MonkeyPatch) -> Non
         cge(module.double(), inputs, targets, case.loss, coordinates=few)
     silent = registry._rules.keys() - answered
     assert not silent, f"no case reaches the rules of {sorted(map(str, silent))}"
+
+
+SHAPES = [
+    # stride, padding, output padding, dilation, groups
+    ([1], [0], [0], [1], 1),
+    ([2], [1], [1], [1], 2),
+    ([2, 1], [1, 0], [0, 0], [1, 2], 2),
+    ([3, 2], [2, 1], [2, 1], [1, 1], 1),
+    ([1, 2, 1], [0, 1, 0], [0, 1, 0], [2, 1, 1], 2),
+]
+
+
+@pytest.mark.parametrize("stride, padding, output_padding, dilation, groups", SHAPES)
+def test_owner_rule_of_transposed_convolutions(
+    stride: list[int], padding: list[int], output_padding: list[int], dilation: list[int], groups: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    space, kernel = [4, 3, 3][: len(stride)], [3, 2, 2][: len(stride)]
+    inputs = torch.randn(2, 4, *space, dtype=torch.float64, generator=generator)
+    weights = torch.randn(4, 3, *kernel, dtype=torch.float64, generator=generator)
+    rest = (None, stride, padding, dilation, True, output_padding, groups)
+    output = aten.convolution.default(inputs, weights, *rest)
+    change = OneHot(
+        torch.arange(0, weights.numel(), 5), torch.linspace(-1, 1, len(range(0, weights.numel(), 5))).double()
+    )
+    call = registry.Call(aten.convolution.default, (inputs, weights, *rest), {}, (None, change), output, 1)
+    found = transposed.weight(call, change)
+    assert found.width == 1
+    for one, position, step in zip(dense(found, output.shape), change.positions, change.steps, strict=True):
+        moved = weights.clone()
+        moved.view(-1)[position] += step
+        torch.testing.assert_close(one, aten.convolution.default(inputs, moved, *rest) - output)
+
+
+def block_of(target: object, args: tuple[Any, ...], position: int, change: Change | OneHot, **kwargs: Any) -> Any:
+    """What a rule makes of one changed operand, compared with the general path."""
+    output = target(*args, **kwargs)
+    changes = tuple(change if i == position else None for i in range(len(args)))
+    call = registry.Call(target, args, kwargs, changes, output, 2, frozenset({0}))
+    found, exact = rule_for(target)(call), general(replace(call, kept={}))
+    pairs = zip(found, exact, strict=True) if isinstance(found, tuple) else [(found, exact)]
+    outputs = output if isinstance(output, (tuple, list)) else [output]
+    for (mine, right), base in zip(pairs, outputs, strict=True):
+        if isinstance(mine, (Change, OneHot)):
+            torch.testing.assert_close(dense(mine, base.shape), right.delta)
+    return found
+
+
+IMAGES = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randn(3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+SQUARE = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def block(base: Tensor, dim: int, *start: int, width: int = 1) -> Change:
+    shape = [2, *base.shape]
+    shape[1 + dim] = width
+    return Change(
+        0.1 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4)), Block(dim, start)
+    )
+
+
+THIN = {
+    "group norm, one channel: its group": (aten.native_group_norm.default, (IMAGES, None, None, 2, 4, 9, 2, 1e-5), block(IMAGES, 1, 3, 0), 1, (2, 0), 2),
+    "layer norm of one token": (aten.native_layer_norm.default, (TOKENS, [6], None, None, 1e-5), block(TOKENS, 1, 4, 2), 1, (4, 2), 1),
+    "softmax along another axis": (aten._softmax.default, (TOKENS, 2, False), block(TOKENS, 1, 4, 2), 1, (4, 2), 1),
+    "mean over another axis": (aten.mean.dim, (IMAGES, [2, 3]), block(IMAGES, 1, 3, 0), 1, (3, 0), 1),
+    "variance over another axis": (aten.var.correction, (IMAGES, [2, 3]), block(IMAGES, 1, 3, 0), 1, (3, 0), 1),
+    "logsumexp over another axis": (aten.logsumexp.default, (IMAGES, [0]), block(IMAGES, 1, 3, 0), 0, (3, 0), 1),
+    "rows of a batched product": (aten.bmm.default, (TOKENS, TOKENS.mT), block(TOKENS, 1, 4, 2), 1, (4, 2), 1),
+    "examples of a batched product": (aten.bmm.default, (TOKENS, TOKENS.mT), block(TOKENS, 0, 1, 2), 0, (1, 2), 1),
+    "one matrix for all": (aten.bmm.default, (TOKENS, SQUARE.expand(3, 6, 6)), block(TOKENS, 1, 4, 2), 1, (4, 2), 1),
+    "split axis": (aten.view.default, (TOKENS, [3, 5, 3, 2]), block(TOKENS, 2, 5, 0), 2, (2, 0), 1),
+    "selected from another axis": (aten.select.int, (TOKENS, 1, 2), block(TOKENS, 2, 5, 0), 1, (5, 0), 1),
+    "slice that holds it": (aten.slice.Tensor, (TOKENS, 2, 3, 6), block(TOKENS, 2, 5, 4), 2, (2, 1), 1),
+    "expanded": (aten.expand.default, (SQUARE, [3, 6, 6]), OneHot(torch.tensor([7, 8]), torch.ones(2).double()), 2, (1, 2), 1),
+    "prelu": (aten._prelu_kernel.default, (IMAGES, torch.ones(1, 4, 1, 1).double()), block(IMAGES, 1, 3, 0), 1, (3, 0), 1),
+    "gelu": (aten.gelu.default, (IMAGES,), block(IMAGES, 1, 3, 0), 1, (3, 0), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THIN)
+def test_blocks_stay_blocks(name: str) -> None:
+    target, args, change, dim, start, width = THIN[name]
+    found = block_of(target, args, 0, change)
+    found = found[0] if isinstance(found, tuple) else found
+    assert found.block == Block(dim, start)
+    assert found.width == width
+
+
+def test_pieces_that_do_not_move_are_named() -> None:
+    first, second, third = block_of(aten.split.Tensor, (TOKENS, 2, 2), 0, block(TOKENS, 2, 2, 3))
+    assert first is None and third is None
+    assert second.block == Block(2, (0, 1))
+
+
+def test_one_element_stays_one_element() -> None:
+    change = OneHot(torch.tensor([7, 30]), torch.tensor([0.1, -0.2]).double())
+    for target, args in [(aten.tanh.default, (SQUARE,)), (aten.mul.Tensor, (SQUARE, TOKENS[0, 0]))]:
+        assert isinstance(block_of(target, args, 0, change), OneHot)
 
 
 def test_a_second_rule_for_an_operator_is_refused() -> None:

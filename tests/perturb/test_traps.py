@@ -52,6 +52,16 @@ TRACED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "where_softmax": (after_linear(lambda y: F.softmax(torch.where(HIDDEN, -torch.inf, y), -1)), (5, 4)),
     "masked_logsumexp": (after_linear(lambda y: y.masked_fill(HIDDEN, -torch.inf).logsumexp(1, keepdim=True)), (5, 4)),
     "masked_amax": (after_linear(lambda y: y.masked_fill(HIDDEN, -torch.inf).amax(1, keepdim=True)), (5, 4)),
+    "masked_exp": (after_linear(lambda y: y.masked_fill(HIDDEN, -torch.inf).exp()), (5, 4)),
+    "masked_sigmoid": (after_linear(lambda y: y.masked_fill(HIDDEN, -torch.inf).sigmoid()), (5, 4)),
+    "masked_max": (after_linear(lambda y: torch.maximum(y.masked_fill(HIDDEN, -torch.inf), -y)), (5, 4)),
+    "masked_rows": (after_linear(lambda y: F.softmax(y.masked_fill(HIDDEN, -torch.inf), 0).nan_to_num()), (5, 4)),
+    "masked_quotient": (after_linear(lambda y: 1 / (1 + (1 / y.masked_fill(HIDDEN, 0)).abs())), (5, 4)),
+    # the square root of 0 and of what leaves 0
+    "root_of_zero": (after_linear(lambda y: y.relu().sqrt()), (5, 4)),
+    "norm_of_zero": (after_linear(lambda y: y.masked_fill(HIDDEN, 0).unflatten(1, (2, 3)).norm(dim=2)), (5, 4)),
+    "deviation_of_equals": (after_linear(lambda y: (y * 0 + 1).std(1, keepdim=True) + y.masked_fill(HIDDEN, 0).unflatten(1, (2, 3)).std(2)), (5, 4)),
+    "layer_norm_of_equals": (after_linear(lambda y: F.layer_norm(y.masked_fill(HIDDEN, 1).unflatten(1, (2, 3)), (3,))), (5, 4)),
     "causal_attention": (lambda: Apply(nn.MultiheadAttention(4, 2, batch_first=True), lambda i, x: i(x, x, x, attn_mask=CAUSAL)[0]), (3, 5, 4)),
     "padded_attention": (lambda: Apply(nn.MultiheadAttention(4, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True), lambda i, x: i(x, x, x, key_padding_mask=torch.arange(5).expand(3, 5) > 3)[0]), (3, 5, 4)),
     # one element in several places, or bias with rows of its own
@@ -124,6 +134,31 @@ def test_traced_and_right(name: str, training: bool) -> None:
     inputs, targets = torch.randn(shape, dtype=torch.float64), torch.randn(shape[0], dtype=torch.float64)
     assert prepare(module, inputs, targets, energy).untraced is None
     compare(module, inputs, targets)
+
+
+LARGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "softplus": F.softplus, "elu": F.elu, "logsigmoid": F.logsigmoid,
+    "log": lambda y: (y.square() + 1).log(), "reciprocal": lambda y: 1 / (y.square() + 1), "cube": lambda y: y**3 / 1e6, "layer_norm": lambda y: F.layer_norm(y, (6,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_large_differences(name: str, dtype: torch.dtype) -> None:
+    """Inputs of 1e3 under a step of 5e-2 move activations by 50: far beyond every expansion."""
+    torch.manual_seed(0)
+    module = after_linear(LARGE[name])().to(dtype)
+    inputs, targets = 1e3 * torch.randn(6, 4, dtype=dtype), torch.zeros(6, dtype=dtype)
+
+    def first_moment(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs @ torch.linspace(-1, 1, 6, dtype=outputs.dtype) - targets
+
+    found = cge(module, inputs, targets, first_moment, mu=5e-2).gradients
+    module.double()
+    expected = reference.cge(module, inputs.double(), targets.double(), first_moment, mu=5e-2).gradients
+    tolerance = 1e-5 if dtype == torch.float64 else 1e-4
+    for key, gradient in expected.items():
+        assert (found[key] - gradient).norm() <= tolerance * gradient.norm()
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e4, 1e5])

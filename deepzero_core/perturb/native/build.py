@@ -7,6 +7,7 @@ and machines that share a home do not disturb each other. Without a compiler the
 import ctypes
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,10 @@ SWITCH = "DEEPZERO_NATIVE"
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _TIMEOUT_S = 300
+
+# Of glibc's malloc.h; no larger threshold is accepted.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_THRESHOLD, _TRIM_BYTES = 32 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,24 @@ def build() -> Build:
     if compiler is None:
         return Build(None, "no C++ compiler was found")
     try:
-        return Build(ctypes.CDLL(str(_built(compiler))), f"compiled with {compiler[0]}")
+        kernels = ctypes.CDLL(str(_built(compiler)))
+        _keep_freed_memory()
+        return Build(kernels, f"compiled with {compiler[0]}")
     except subprocess.CalledProcessError as error:
         reason = (error.stderr or str(error)).strip().splitlines()[0]
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
     warnings.warn(f"the engine runs on torch's operators, its kernels cannot be used: {reason}", stacklevel=3)
     return Build(None, reason, broken=True)
+
+
+def _keep_freed_memory() -> None:
+    """Ask the allocator to keep what a chunk frees for the next one: handed back to the system, its pages would have to
+    be cleared again, which takes longer than most operators."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
 
 
 def _compiler() -> list[str] | None:

@@ -37,16 +37,16 @@ static void products(const float* v, const float* u, float* m, Index channels, I
   Vector sum[R][N] = {};
   for (Index i = 0; i < channels; i++) {
     Vector values[N];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < N; n++) values[n] = load(v + (i * N + n) * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int n = 0; n < N; n++) sum[r][n] += u[i * outputs + r] * values[n];
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < N; n++) store(m + (r * N + n) * LANES, sum[r][n]);
 }
 
@@ -96,8 +96,8 @@ static void winograd_tile(const Shape& s, const float* x, const float* u, float*
     for (int n = 0; n < N; n++)
       transform(s, x + i * plane + n * LANES, top, left, v + i * WIDTH + n * LANES, s.channels * WIDTH);
   for (Index q = 0; q < POINTS; q++)
-    over_rows(s.outputs, [&](Index rows, Index o) {
-      with_constant<ROWS>(rows, [&](auto r) {
+    over_rows<TALL>(s.outputs, [&](Index rows, Index o) {
+      with_constant<TALL>(rows, [&](auto r) {
         products<r, N>(v + q * s.channels * WIDTH, u + q * s.channels * s.outputs + o, m + (q * s.outputs + o) * WIDTH,
                        s.channels, s.outputs);
       });
@@ -112,15 +112,15 @@ static void winograd(const Shape& s, const float* x, const float* u, Index count
   const Index rows = (s.out_height + TILE - 1) / TILE, columns = (s.out_width + TILE - 1) / TILE;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> v(POINTS * s.channels * VECTORS * LANES), m(POINTS * s.outputs * VECTORS * LANES);
+    std::vector<float> v(POINTS * s.channels * WIDE * LANES), m(POINTS * s.outputs * WIDE * LANES);
 #pragma omp for collapse(2) schedule(static)
     for (Index p = 0; p < count; p++)
       for (Index row = 0; row < rows; row++)
         for (Index column = 0; column < columns; column++)
-          over_batch(s.batch, [&](Index vectors, Index at) {
+          over_batch<WIDE>(s.batch, [&](Index vectors, Index at) {
             const float* from = x + p * s.channels * s.height * s.width * s.batch + at;
             float* to = out + p * s.outputs * s.out_height * s.out_width * s.batch + at;
-            with_constant<VECTORS>(vectors, [&](auto n) {
+            with_constant<WIDE>(vectors, [&](auto n) {
               winograd_tile<n>(s, from, u, to, TILE * row, TILE * column, v.data(), m.data());
             });
           });

@@ -59,7 +59,7 @@ def general(call: Call) -> Result:
     bases, structure = tree_flatten((call.args, call.kwargs), is_leaf=_is_none)
     bases = [widen(leaf) for leaf in bases]
     moved = _moving(call)
-    batched = [widen(perturbed(bases[i], change)) for i, change in moved.items()]
+    batched = [perturbed(bases[i], change).to(bases[i].dtype) for i, change in moved.items()]
 
     def evaluate(*operands: Tensor) -> Any:
         leaves = list(bases)

@@ -4,10 +4,11 @@
     log y:     Δ = log1p(δ/y)                             log(1 + y):  Δ = log1p(δ/(1 + y))
     √y:        Δ = δ/(√(y + δ) + z)                       y^−½:        Δ = −δ·z²·z'/(1 + z/z'),   z' = (y + δ)^−½
     1/y:       Δ = −δ·z/(y + δ)
-    yⁿ:        Δₙ₊₁ = Δₙ·(y + δ) + yⁿ·δ                   from Δ₁ = δ, for n = 2, 3, 4
-    yᵃ:        Δ = z·expm1(a·log1p(δ/y))                  where |δ| ≤ |y|/2
+    yⁿ:        Δ = δ·Σ yᵏ·(y + δ)ⁿ⁻¹⁻ᵏ                    k = 0 … n − 1, for n = 2, 3, 4
+    yᵃ:        Δ = z·expm1(a·log1p(δ/y))
 
-At infinities, zeros of the root and large steps of an exponential the difference of values is taken.
+At infinities, at zeros of the root, for large steps of an exponential and for |δ| beyond half the argument of a
+logarithm or of a real power the difference of values is taken.
 """
 
 import torch
@@ -48,9 +49,8 @@ def logarithm(call: Call) -> Result:
     if found is None:
         return pointwise(call)
     change, base, _ = found
-    if call.target is aten.log1p.default:
-        base = 1 + base
-    return Change((change.delta / base).log1p_(), change.block)
+    growth = change.delta / (1 + base if call.target is aten.log1p.default else base)
+    return Change(growth.log1p_(), change.block) if within(growth, 0.5) else pointwise(call)
 
 
 @rule(aten.sqrt.default)

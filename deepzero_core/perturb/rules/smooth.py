@@ -4,7 +4,7 @@
 
 The cⱼ(y) belong to the polynomial through g at the n Chebyshev nodes r·cos(π(2k + 1)/2n), taken in float64 once per
 base pass. A change then costs n products and sums, no transcendental function, and rounds relative to δ. Analytic up to
-3/2 from the real line, as all functions here are, g is met to about 4e-7. Where some |δ| exceeds every r, and in types
+3/2 from the real line, as all functions here are, g is met to 6e-7. Where some |δ| exceeds every r, and in types
 other than float32, the difference of values is taken in the wider type.
 """
 
@@ -22,7 +22,7 @@ from deepzero_core.perturb.rules.registry import Call, Result, only_change, rule
 
 aten = torch.ops.aten
 
-_TERMS = {1 / 1024: 2, 1 / 16: 4, 1 / 4: 6}
+_TERMS = {1 / 1024: 2, 1 / 16: 4, 1 / 4: 6, 1: 12}
 """How many coefficients hold to which radius r."""
 
 
@@ -35,7 +35,6 @@ _TERMS = {1 / 1024: 2, 1 / 16: 4, 1 / 4: 6}
     aten.erf.default,
     aten.sin.default,
     aten.cos.default,
-    aten.atan.default,
 )
 def smooth(call: Call) -> Result:
     change = _expand(call, lambda y: call.target(y, *call.args[1:], **call.kwargs))
