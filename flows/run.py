@@ -17,6 +17,9 @@ from infra import orchestration
 from infra.home import home
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from deepzero_core.data import BatchSource
     from tasks.records import Reported
 
 
@@ -30,7 +33,7 @@ def execute(flow_name: str, experiment: Experiment, *, json_file: Path | None, d
     console = Console()
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="deepzero-dry-run-") as folder:
-            console.print(_plan(flow_name, experiment, Path(folder)))
+            console.print(_plan(flow_name, experiment, Path(folder), predict=True))
         return 0
     _plan(flow_name, experiment, home())
     orchestration.configure()
@@ -48,8 +51,11 @@ def execute(flow_name: str, experiment: Experiment, *, json_file: Path | None, d
     return 0
 
 
-def _plan(flow_name: str, experiment: Experiment, base: Path) -> Table:
-    """What will be done, from the real data and the real network: what cannot be built is refused here."""
+def _plan(flow_name: str, experiment: Experiment, base: Path, *, predict: bool = False) -> Table:
+    """What will be done, from the real data and the real network: what cannot be built is refused here.
+
+    `predict`: trace the network and say how long it will take, too.
+    """
     from deepzero_core.data import prepare
     from deepzero_core.estimators.cge import queries
     from deepzero_core.sparsity import maskable_parameters
@@ -89,10 +95,34 @@ def _plan(flow_name: str, experiment: Experiment, base: Path) -> Table:
         "baselines": ", ".join(experiment.baselines) or "none",
         "workers": experiment.cluster.address or str(experiment.cluster.workers),
     }
+    if predict and training.method == "cge":
+        rows |= _prediction(experiment, module, batches, steps)
     table = Table(show_header=False, box=None, title=f"{experiment.name}: what would be done", title_justify="left")
     for label, text in rows.items():
         table.add_row(f"[bold]{label}", text)
     return table
+
+
+def _prediction(experiment: Experiment, module: "nn.Module", batches: "BatchSource", steps: int) -> dict[str, str]:
+    """Time and operations of coordinate-wise estimation by the cost model, the masks spread evenly over the layers."""
+    import torch
+
+    from deepzero_core.sparsity import draw_masks, maskable_parameters
+    from tasks.prediction import Yardstick, work_of_a_step
+    from tasks.report import duration
+
+    masks = None
+    if experiment.pruning.method != "none":
+        ratios = dict.fromkeys(maskable_parameters(module), experiment.pruning.sparsity)
+        masks = draw_masks(ratios, module, torch.Generator().manual_seed(experiment.seed))
+    cost = work_of_a_step(experiment, module, batches, masks)
+    if not cost.flops:
+        return {}
+    seconds = Yardstick.of(experiment).seconds(cost)
+    return {
+        "operations": f"{cost.flops / 1e9:,.3g} GFLOP per step, {cost.flops * steps / 1e12:,.3g} TFLOP in all",
+        "time": f"about {duration(seconds)} per step, {duration(seconds * steps)} in all, on this machine",
+    }
 
 
 def _stopped(*_: object) -> None:

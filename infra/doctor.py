@@ -135,6 +135,30 @@ def check_torch() -> list[Check]:
     return findings
 
 
+def check_kernels() -> list[Check]:
+    """Whether the engine's compiled kernels are in use, and what this machine can do at most."""
+    result = _python(
+        "import json, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "from deepzero_core.perturb.machine import measured\n"
+        "from deepzero_core.perturb.native.build import build\n"
+        "from deepzero_core.perturb.native.kernels import has_bfloat16\n"
+        "built, machine = build(), measured()\n"
+        "print(json.dumps({'used': built.library is not None, 'broken': built.broken, 'reason': built.reason,\n"
+        "    'bfloat16': has_bfloat16(), 'threads': machine.threads, 'flops': machine.flops,\n"
+        "    'bandwidth': machine.bandwidth}))"
+    )
+    if not result.ok:
+        return [Check("kernels", "fail", f"cannot be looked at: {result.text}", INSTALL)]
+    facts = json.loads(result.full.splitlines()[-1])
+    bfloat16 = "bfloat16 instructions" if facts["bfloat16"] else "no bfloat16 instructions"
+    found = f"{facts['reason']}, {bfloat16}" if facts["used"] else f"not in use, torch does it: {facts['reason']}"
+    mend = "name a C++ compiler with OpenMP, such as g++, in CXX" if facts["broken"] else ""
+    kernels = Check("kernels", "warn" if facts["broken"] else "ok", _one_line(found), mend)
+    peak = f"{facts['flops'] / 1e9:.0f} GFLOP/s and {facts['bandwidth'] / 1e9:.0f} GB/s on {facts['threads']} thread(s)"
+    return [kernels, Check("peak", "ok", peak)]
+
+
 def check_torchvision() -> list[Check]:
     """torchvision imports, beside a CPU-only torch as well; what helps it there is the data package's."""
     result = _python(
@@ -349,6 +373,7 @@ _CHECKS: tuple[tuple[str, Callable[[], list[Check]]], ...] = (
     ("prefect server", check_prefect_server),
     ("torch", check_torch),
     ("torchvision", check_torchvision),
+    ("kernels", check_kernels),
     ("phiml", check_phiml),
     ("mlflow store", check_mlflow),
     ("home", check_home),

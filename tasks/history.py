@@ -2,6 +2,7 @@
 
 {"kind": "step", "step", "epoch", "loss", "accuracy", "learning_rate", "queries", "queries_per_second",
  "forward_flops", "seconds", "peak_memory_bytes"}           loss and accuracy on the batch; the rest cumulative
+ where the cost model has a say also "step_seconds", "predicted_seconds", "share_of_peak", of this step alone
 {"kind": "evaluation", "step", "epoch", "queries", "seconds", "test_accuracy", "test_loss"}
 """
 

@@ -13,17 +13,24 @@ _WIDTH = 38
 
 
 class Progress:
-    """Progress of a stage's units of work. Use as a context manager; the line that remains is `concluded`'s."""
+    """Progress of a stage's units of work. Use as a context manager; the line that remains is `concluded`'s.
 
-    def __init__(self, stage: str, total: int, done: int = 0) -> None:
+    `unit_seconds`, where it is known beforehand, says how long it will take before the first unit is done.
+    """
+
+    def __init__(self, stage: str, total: int, done: int = 0, unit_seconds: float | None = None) -> None:
         self._stage, self._total, self._done, self._first = stage, total, done, done
+        self._expected = None if unit_seconds is None else unit_seconds * (total - done)
         self._started = self._printed = time.monotonic()
         self._bar = _bar()
-        self._task = self._bar.add_task(stage, total=total, completed=done, note="")
+        note = "" if self._expected is None else f"about {_clock(self._expected)}"
+        self._task = self._bar.add_task(stage, total=total, completed=done, note=note)
 
     def __enter__(self) -> Self:
         if self._bar.console.is_terminal:
             self._bar.start()
+        elif self._expected is not None and self._expected >= _PLAIN_EVERY_S:
+            _say(self._stage, f"{self._done} of {self._total}, about {_clock(self._expected)} left")
         return self
 
     def __exit__(self, *_: object) -> None:

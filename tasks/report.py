@@ -4,6 +4,7 @@ import base64
 import json
 import secrets
 import shutil
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ import jinja2
 
 from deepzero_core.errors import RequestError, WorkError
 from tasks import plots
+from tasks.history import read
 from tasks.plots import METHOD_NAMES, percent
 from tasks.records import Certified, MethodResult, Prepared, Pruned, Reported
 
@@ -150,7 +152,9 @@ def gap_to_first_order(result: MethodResult, results: Sequence[MethodResult]) ->
 
 
 def duration(seconds: float) -> str:
-    """4.2 s, 3 min 05 s, 2 h 10 min."""
+    """30 ms, 4.2 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -213,6 +217,7 @@ def _draw(
         "Accuracy against queries",
         "What an accuracy costs in evaluations of the loss; a backpropagation counts as one.",
         lambda path: plots.accuracy_against_queries(results, path),
+        _speed_table(results),
     )
     if pruned is not None and pruned.ratios:
         add(
@@ -242,6 +247,27 @@ def _draw(
             ),
         )
     return pictures
+
+
+def _speed_table(results: Sequence[MethodResult]) -> Table | None:
+    """What a step of coordinate-wise estimation took, beside the cost model's prediction; medians."""
+    rows = []
+    for result in results:
+        lines = [line for line in read(result.trained.history) if "share_of_peak" in line]
+        if lines:
+            middle = {name: statistics.median(line[name] for line in lines) for name in _SPEED}
+            rows.append(
+                (
+                    plots.method_name(result),
+                    duration(middle["step_seconds"]),
+                    duration(middle["predicted_seconds"]),
+                    percent(round(middle["share_of_peak"], 2)),
+                )
+            )
+    return Table(("method", "time per step", "predicted", "share of peak"), tuple(rows)) if rows else None
+
+
+_SPEED = ("step_seconds", "predicted_seconds", "share_of_peak")
 
 
 def _result(

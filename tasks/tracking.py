@@ -59,6 +59,9 @@ _STEP_METRICS = {
     "forward_flops": ("cost/forward_gflop", 1e9),
     "seconds": ("cost/seconds", 1.0),
     "peak_memory_bytes": ("cost/peak_memory_mib", 2.0**20),
+    "step_seconds": ("cost/step_seconds", 1.0),
+    "predicted_seconds": ("cost/predicted_step_seconds", 1.0),
+    "share_of_peak": ("cost/share_of_peak", 1.0),
 }
 _EVALUATION_METRICS = {"test_accuracy": ("test/accuracy", 1.0), "test_loss": ("test/loss", 1.0)}
 

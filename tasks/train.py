@@ -38,6 +38,7 @@ from infra.cluster import connect
 from infra.forward import DistributedCGE, Problem
 from tasks.evaluate import score
 from tasks.history import History
+from tasks.prediction import Yardstick, work_of_a_step
 from tasks.problem import problem_of, test_batches, training_steps
 from tasks.progress import Progress
 from tasks.records import Prepared, Pruned, Trained
@@ -98,7 +99,10 @@ def _train(stage: Stage, experiment: Experiment, prepared: Prepared, pruned: Pru
         before = _resume(stage, trainer)
         clock = _Clock(before)
         _log_masks(stage, trainer)
-        _loop(stage, experiment, trainer, clock, _forward_flops(module, batches), test_batches(experiment, prepared))
+        yardstick = Yardstick.of(experiment)
+        expected = _predict(stage, experiment, trainer, yardstick, batches) if method == "cge" else None
+        flops, test = _forward_flops(module, batches), test_batches(experiment, prepared)
+        _loop(stage, experiment, trainer, clock, flops, test, yardstick, expected)
     weights = stage.folder / "weights.pt"
     torch.save(module.state_dict(), weights)
     stage.run.artifact(weights, "model")
@@ -119,19 +123,43 @@ def _train(stage: Stage, experiment: Experiment, prepared: Prepared, pruned: Pru
     )
 
 
-def _loop(stage: Stage, experiment: Experiment, trainer: Trainer, clock: _Clock, flops: int, test: BatchSource) -> None:
-    """Drive the trainer: history, metrics, evaluations, checkpoints, progress."""
+def _predict(
+    stage: Stage, experiment: Experiment, trainer: Trainer, yardstick: Yardstick, batches: BatchSource
+) -> float | None:
+    """Seconds of the next step by the cost model, logged with those of the whole run; None where it has no say."""
+    if trainer.step == trainer.settings.steps:
+        return None
+    cost = work_of_a_step(experiment, trainer.module, batches, trainer.coordinates())
+    if not cost.flops:
+        return None
+    seconds, steps = yardstick.seconds(cost), trainer.settings.steps
+    stage.run.metrics({"cost/predicted_run_seconds": seconds * steps}, step=trainer.step)
+    get_run_logger().info("predicted: %.3g s per step, %.0f s for %d steps", seconds, seconds * steps, steps)
+    return seconds
+
+
+def _loop(
+    stage: Stage,
+    experiment: Experiment,
+    trainer: Trainer,
+    clock: _Clock,
+    flops: int,
+    test: BatchSource,
+    yardstick: Yardstick,
+    expected: float | None,
+) -> None:
+    """Drive the trainer: history, metrics, evaluations, checkpoints, progress. `expected`: seconds per step."""
     training, total = experiment.training, trainer.settings.steps
     history = History(stage.folder / "history.jsonl", last_step=trainer.step)
     for line in history.kept:
         stage.run.metrics(metrics_of(line), step=line["step"])
     saved_at = time.monotonic()
     first, started = trainer.queries, time.perf_counter()
-    with history, Progress(stage.title, total, trainer.step) as progress:
+    with history, Progress(stage.title, total, trainer.step, expected) as progress:
         accuracy = ""
-        for record in _explained(trainer, stage.folder):
+        for record, seconds in _timed(_explained(trainer, stage.folder)):
             speed = (record.queries - first) / (time.perf_counter() - started)
-            line = _step_line(record, speed, flops, clock.seconds)
+            line = _step_line(record, speed, flops, clock.seconds) | yardstick.fields(record.work, seconds)
             history.append(line)
             stage.run.metrics(metrics_of(line), step=record.step)
             last = record.step == total or not trainer.budget_left
@@ -158,6 +186,16 @@ def _checkpoint(stage: Stage, trainer: Trainer, clock: _Clock) -> dict[str, Any]
 
 def _overdue(saved_at: float) -> bool:
     return time.monotonic() - saved_at > _CHECKPOINT_EVERY_S
+
+
+def _timed(records: Iterator[StepRecord]) -> Iterator[tuple[StepRecord, float]]:
+    """Each record with the seconds that its step took, without what is done between the steps."""
+    while True:
+        started = time.perf_counter()
+        record = next(records, None)
+        if record is None:
+            return
+        yield record, time.perf_counter() - started
 
 
 def _explained(trainer: Trainer, folder: Path) -> Iterator[StepRecord]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.changes import Block, Change, take
+from deepzero_core.perturb.changes import Block, Change, dense, take
 from deepzero_core.perturb.native import kernels
 
 Window = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
@@ -79,14 +79,14 @@ def terms_of(change: Change) -> Terms:
     return Terms(change.delta, change.block)
 
 
-def added(a: Change, b: Change) -> Chain | None:
-    """The sum of two changes on one block, one of them an open chain that takes a residual; None where none does."""
-    if a is b or a.block != b.block:
+def added(a: Change, b: Change, shape: torch.Size) -> Chain | None:
+    """The sum of two changes of values [*shape], one an open chain that takes a residual; None where neither does."""
+    if a is b:
         return None
     for chain, other in ((a, b), (b, a)):
         terms = chain.terms if isinstance(chain, Chain) else None
-        if terms and terms.slope is None and terms.residual is None and terms.source.shape == other.delta.shape:
-            return Chain(replace(terms, residual=other.delta))
+        if terms and terms.slope is None and terms.residual is None and terms.block in (None, other.block):
+            return Chain(replace(terms, residual=other.delta if other.block == terms.block else dense(other, shape)))
     return None
 
 

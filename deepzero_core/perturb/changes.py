@@ -101,7 +101,7 @@ def dense(change: OneHot | Change, shape: torch.Size) -> Tensor:
     if change.block is None:
         return change.delta
     dim, width = change.block.dim, change.width
-    full = change.delta.new_zeros([change.count, *shape])
+    full = _zeros(change.delta, shape)
     if change.block.uniform:
         full.narrow(1 + dim, change.block.start[0] if change.block.start else 0, width).copy_(change.delta)
         return full
@@ -110,6 +110,13 @@ def dense(change: OneHot | Change, shape: torch.Size) -> Tensor:
     view = [change.count] + [1] * len(shape)
     view[1 + dim] = width
     return full.scatter_(1 + dim, rows.view(view).expand_as(change.delta), change.delta)
+
+
+def _zeros(like: Tensor, shape: torch.Size) -> Tensor:
+    """Zeros [P, *shape], the first axis behind P innermost in memory where it is in `like`."""
+    if like.ndim > 2 and like.stride(1) == 1 and like.shape[1] > 1:
+        return like.new_zeros([like.shape[0], *shape[1:], shape[0]]).movedim(-1, 1)
+    return like.new_zeros([like.shape[0], *shape])
 
 
 def difference(value: Tensor, base: Tensor) -> Tensor:

@@ -120,13 +120,18 @@ def kept_attributes(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _plain_operators() -> Iterator[None]:
-    """Trace attention as products and a softmax, and BatchNorm as one operator on every device: fused kernels have no
-    rules, and some carry random state. What the graph's convolutions run on is decided when it runs."""
+    """Trace attention as products and a softmax, BatchNorm and recurrent layers as one operator on every device: fused
+    kernels have no rules, and some carry random state. What the graph's convolutions run on is decided when it runs."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-            yield
+            # Not `flags`, which sets the precision of a device that may be missing as well, and warns.
+            onednn, *_ = torch.backends.mkldnn.set_flags(_enabled=False)
+            try:
+                yield
+            finally:
+                torch.backends.mkldnn.set_flags(_enabled=onednn)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 

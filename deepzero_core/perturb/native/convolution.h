@@ -51,8 +51,8 @@ static void convolve(const Shape& s, const float* x, const float* weight, const 
       const float* taps = weight + start[p] * s.kernel_height * s.kernel_width * s.outputs;
       for (Index ow = 0; ow < s.out_width; ow++) {
         const Taps h(ow, s.stride_w, s.pad_w, s.dilation_w, s.kernel_width, s.width);
-        over_batch<VECTORS>(s.batch, [&](Index vectors, Index at) {
-          over_rows<ROWS>(s.outputs, [&](Index rows, Index o) {
+        over_batch(s.batch, [&](Index vectors, Index at) {
+          over_rows(s.outputs, [&](Index rows, Index o) {
             float* to = out + (((p * s.outputs + o) * s.out_height + oh) * s.out_width + ow) * s.batch + at;
             with_constant<ROWS>(rows, [&](auto r) {
               with_constant<VECTORS>(

@@ -14,14 +14,13 @@
 
 using Index = int64_t;
 
-// Output channels by vectors that are accumulated in registers: ROWS by VECTORS where inputs are read in place, TALL by
-// WIDE where they have been transformed into a buffer, which is better small.
+// A tile of ROWS output channels by VECTORS vectors is accumulated in registers.
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 6, VECTORS = 4, TALL = 12, WIDE = 2;
+constexpr int LANES = 16, ROWS = 6, VECTORS = 4;
 #elif defined(__AVX2__)
-constexpr int LANES = 8, ROWS = 3, VECTORS = 4, TALL = 6, WIDE = 2;
+constexpr int LANES = 8, ROWS = 3, VECTORS = 4;
 #else
-constexpr int LANES = 4, ROWS = 4, VECTORS = 4, TALL = 8, WIDE = 2;
+constexpr int LANES = 4, ROWS = 4, VECTORS = 4;
 #endif
 
 typedef float Vector __attribute__((vector_size(LANES * 4)));
@@ -54,21 +53,21 @@ struct BFloat16 {
   static Vector pack(Vector low, Vector high) { return (Vector)((rounded(low) & 0xffff) | (rounded(high) << 16)); }
 };
 
-// Calls `tile` with (number of vectors, first example) until the batch is covered, at most MOST at once.
-template <int MOST, class Tile>
+// Calls `tile` with (number of vectors, first example) until the batch is covered.
+template <class Tile>
 static inline void over_batch(Index batch, Tile tile) {
   for (Index at = 0; at < batch;) {
-    Index vectors = std::min<Index>(MOST, (batch - at) / LANES);
+    Index vectors = std::min<Index>(VECTORS, (batch - at) / LANES);
     if (vectors == 0) return tile(Index(1), batch - LANES);
     tile(vectors, at);
     at += vectors * LANES;
   }
 }
 
-// Calls `block` with (width, first row): `count` rows in nearly equal blocks of at most MOST.
-template <int MOST, class Block>
+// Calls `block` with (width, first row): `count` rows in nearly equal blocks of at most ROWS.
+template <class Block>
 static inline void over_rows(Index count, Block block) {
-  const Index blocks = (count + MOST - 1) / MOST;
+  const Index blocks = (count + ROWS - 1) / ROWS;
   for (Index k = 0; k < blocks; k++) {
     const Index first = count * k / blocks;
     block(count * (k + 1) / blocks - first, first);

@@ -1,4 +1,4 @@
-// 3 x 3 convolution of stride 1 by Winograd's F(4 x 4, 3 x 3) (Lavin and Gray 2016): 36 products for 16 outputs, not 144.
+// 3 x 3 convolution of stride 1 by Winograd's F(4 x 4, 3 x 3) (Lavin and Gray 2016): 36 products for 16 outputs.
 //
 //   V = B^T d B of every 6 x 6 patch d,   M[q] = U[q]^T V[q] at each of the 36 points q,   out = A^T M A
 //
@@ -9,6 +9,8 @@
 
 constexpr int TILE = 4, PATCH = 6, POINTS = PATCH * PATCH;
 constexpr float A = 0.75f, B = 1.5f, A2 = A * A, B2 = B * B, A3 = A * A2, B3 = B * B2;
+
+alignas(64) static const float ZEROS[LANES] = {};
 
 // B^T of six values `step` apart
 static inline void to_points(const Vector* d, int step, Vector* t) {
@@ -50,40 +52,49 @@ static void products(const float* v, const float* u, float* m, Index channels, I
     for (int n = 0; n < N; n++) store(m + (r * N + n) * LANES, sum[r][n]);
 }
 
-// One channel's patch as its values at the points, `step` apart.
-static inline void transform(const Shape& s, const float* x, Index top, Index left, float* v, Index step) {
+// One channel's patch as its values at the points, `step` apart. `seen`: where the patch lies, null outside the image.
+static inline void transform(const float* const* seen, Index offset, float* v, Index step) {
   Vector columns[PATCH][PATCH];  // [column][point]
+#pragma GCC unroll 6
   for (int c = 0; c < PATCH; c++) {
     Vector d[PATCH];
-    const Index column = left - s.pad_w + c;
+#pragma GCC unroll 6
     for (int r = 0; r < PATCH; r++) {
-      const Index row = top - s.pad_h + r;
-      const bool inside = row >= 0 && row < s.height && column >= 0 && column < s.width;
-      d[r] = inside ? load(x + (row * s.width + column) * s.batch) : Vector{};
+      const float* at = seen[r * PATCH + c];
+      d[r] = load(at ? at + offset : ZEROS);
     }
     to_points(d, 1, columns[c]);
   }
+#pragma GCC unroll 6
   for (int r = 0; r < PATCH; r++) {
     Vector t[PATCH];
     to_points(&columns[0][r], PATCH, t);
+#pragma GCC unroll 6
     for (int c = 0; c < PATCH; c++) store(v + (r * PATCH + c) * step, t[c]);
   }
 }
 
 // One output channel's tile from its values at the points, `step` apart.
-static inline void transform_back(const Shape& s, const float* m, Index step, Index top, Index left, float* out) {
+static inline void transform_back(const Shape& s, const float* m, Index step, Index rows_left, Index columns_left,
+                                  float* out) {
   Vector rows[TILE][PATCH];  // [row][point]
+#pragma GCC unroll 6
   for (int c = 0; c < PATCH; c++) {
     Vector at[PATCH], y[TILE];
+#pragma GCC unroll 6
     for (int r = 0; r < PATCH; r++) at[r] = load(m + (r * PATCH + c) * step);
     from_points(at, y);
+#pragma GCC unroll 4
     for (int r = 0; r < TILE; r++) rows[r][c] = y[r];
   }
-  for (int r = 0; r < TILE && top + r < s.out_height; r++) {
+#pragma GCC unroll 4
+  for (int r = 0; r < TILE; r++) {
     Vector y[TILE];
     from_points(rows[r], y);
-    for (int c = 0; c < TILE && left + c < s.out_width; c++)
-      store(out + ((top + r) * s.out_width + left + c) * s.batch, y[c]);
+    if (r < rows_left)
+#pragma GCC unroll 4
+      for (int c = 0; c < TILE; c++)
+        if (c < columns_left) store(out + (r * s.out_width + c) * s.batch, y[c]);
   }
 }
 
@@ -91,20 +102,30 @@ template <int N>
 static void winograd_tile(const Shape& s, const float* x, const float* u, float* out, Index top, Index left, float* v,
                           float* m) {
   constexpr Index WIDTH = N * LANES;
+  // A vector more than needed keeps the points of one channel from falling on the same cache lines.
+  const Index v_step = s.channels * WIDTH + LANES, m_step = s.outputs * WIDTH + LANES;
   const Index plane = s.height * s.width * s.batch, out_plane = s.out_height * s.out_width * s.batch;
+  const float* seen[POINTS];
+  for (Index r = 0; r < PATCH; r++)
+    for (Index c = 0; c < PATCH; c++) {
+      const Index row = top - s.pad_h + r, column = left - s.pad_w + c;
+      const bool inside = row >= 0 && row < s.height && column >= 0 && column < s.width;
+      seen[r * PATCH + c] = inside ? x + (row * s.width + column) * s.batch : nullptr;
+    }
   for (Index i = 0; i < s.channels; i++)
     for (int n = 0; n < N; n++)
-      transform(s, x + i * plane + n * LANES, top, left, v + i * WIDTH + n * LANES, s.channels * WIDTH);
+      transform(seen, i * plane + n * LANES, v + i * WIDTH + n * LANES, v_step);
   for (Index q = 0; q < POINTS; q++)
-    over_rows<TALL>(s.outputs, [&](Index rows, Index o) {
-      with_constant<TALL>(rows, [&](auto r) {
-        products<r, N>(v + q * s.channels * WIDTH, u + q * s.channels * s.outputs + o, m + (q * s.outputs + o) * WIDTH,
+    over_rows(s.outputs, [&](Index rows, Index o) {
+      with_constant<ROWS>(rows, [&](auto r) {
+        products<r, N>(v + q * v_step, u + q * s.channels * s.outputs + o, m + q * m_step + o * WIDTH,
                        s.channels, s.outputs);
       });
     });
   for (Index o = 0; o < s.outputs; o++)
     for (int n = 0; n < N; n++)
-      transform_back(s, m + o * WIDTH + n * LANES, s.outputs * WIDTH, top, left, out + o * out_plane + n * LANES);
+      transform_back(s, m + o * WIDTH + n * LANES, m_step, s.out_height - top, s.out_width - left,
+                     out + o * out_plane + (top * s.out_width + left) * s.batch + n * LANES);
 }
 
 // x [P, C, H, W, B], u [36, C, O], out [P, O, OH, OW, B].
@@ -112,15 +133,15 @@ static void winograd(const Shape& s, const float* x, const float* u, Index count
   const Index rows = (s.out_height + TILE - 1) / TILE, columns = (s.out_width + TILE - 1) / TILE;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> v(POINTS * s.channels * WIDE * LANES), m(POINTS * s.outputs * WIDE * LANES);
+    std::vector<float> v(POINTS * (s.channels * VECTORS + 1) * LANES), m(POINTS * (s.outputs * VECTORS + 1) * LANES);
 #pragma omp for collapse(2) schedule(static)
     for (Index p = 0; p < count; p++)
       for (Index row = 0; row < rows; row++)
         for (Index column = 0; column < columns; column++)
-          over_batch<WIDE>(s.batch, [&](Index vectors, Index at) {
+          over_batch(s.batch, [&](Index vectors, Index at) {
             const float* from = x + p * s.channels * s.height * s.width * s.batch + at;
             float* to = out + p * s.outputs * s.out_height * s.out_width * s.batch + at;
-            with_constant<WIDE>(vectors, [&](auto n) {
+            with_constant<VECTORS>(vectors, [&](auto n) {
               winograd_tile<n>(s, from, u, to, TILE * row, TILE * column, v.data(), m.data());
             });
           });

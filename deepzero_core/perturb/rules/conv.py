@@ -4,7 +4,7 @@
     bias b[o] moves by s:            Δ[:, o] = s
     input moves by δ:                Δ = conv(δ, W)    with only the columns of W that meet a block of channels
 
-Transposed convolutions are linear in their input too; their weights take the general path.
+Transposed convolutions are linear in their input too; for their weights see `transposed`.
 """
 
 from itertools import groupby
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from deepzero_core.perturb.changes import Block, Change, OneHot, dense
 from deepzero_core.perturb.native import kernels
+from deepzero_core.perturb.rules import transposed
 from deepzero_core.perturb.rules.registry import Call, Result, only_change, only_one_hot, rule
 
 aten = torch.ops.aten
@@ -33,8 +34,8 @@ def convolution(call: Call) -> Result:
     bias, weight, inputs = only_one_hot(call, 2), only_one_hot(call, 1), only_change(call)
     if bias is not None:
         return _bias(call, bias)
-    if weight is not None and not call.args[6]:
-        return _weight(call, weight)
+    if weight is not None:
+        return transposed.weight(call, weight) if call.args[6] else _weight(call, weight)
     if inputs is not None:
         return _inputs(call, inputs)
     return None
@@ -79,15 +80,15 @@ def _windows(call: Call) -> Tensor:
 
 
 def _inputs(call: Call, change: Change) -> Change:
-    transposed, groups = call.args[6], call.args[8]
-    if groups == 1 and not transposed and kernels.suits(change.delta):
+    turned, groups = call.args[6], call.args[8]
+    if groups == 1 and not turned and kernels.suits(change.delta):
         return _native(call, change)
     weight = call.args[1]
     if change.block is None or change.block.dim != 1 or groups != 1:
         return Change(_convolve(call, dense(change, call.args[0].shape), weight))
     # Perturbations that share their block form one batch for one convolution over the channels they touch.
     runs = [(start, len(list(run))) for start, run in groupby(change.block.start)]
-    channel_axis = 0 if transposed else 1
+    channel_axis = 0 if turned else 1
     results = [
         _convolve(call, delta, weight.narrow(channel_axis, start, change.width))
         for (start, _), delta in zip(runs, change.delta.split([length for _, length in runs]), strict=True)

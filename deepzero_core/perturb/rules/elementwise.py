@@ -155,7 +155,7 @@ def _open_sum(call: Call) -> Change | None:
         return None
     first, *others = moving
     if others:
-        return added(first, others[0])
+        return added(first, others[0], call.output.shape)
     return first if isinstance(first, Chain) and call.args[call.changed()[0]].dtype == call.output.dtype else None
 
 

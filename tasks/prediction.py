@@ -1,0 +1,91 @@
+"""What the steps of a training run will take by the cost model, and what share of the machine's peak they reach.
+
+    predicted seconds = seconds of the operations and bytes at one worker's peaks / workers
+    share of peak     = operations / (measured seconds · peak operations per second · workers)
+
+Counted are the perturbations of coordinate-wise estimation, beside which a step's base pass is small.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from configs.schema import Experiment
+from deepzero_core.data import BatchSource
+from deepzero_core.estimators.cge import work
+from deepzero_core.perturb import prepare
+from deepzero_core.perturb.coordinates import resolve
+from deepzero_core.perturb.cost import Cost
+from deepzero_core.perturb.machine import Machine, measured
+from deepzero_core.perturb.objective import preserved_random_state, state_of
+from deepzero_core.training.sources import Coordinates
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What is computed on: `workers` times one process at the peaks of this machine."""
+
+    machine: Machine
+    workers: int
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Self:
+        """Workers on other machines are taken to be as fast as this one; here no more count than there are cores."""
+        cluster = experiment.cluster
+        if cluster.address is not None:
+            return cls(_measured(1), max(1, cluster.workers))
+        if cluster.workers:
+            return cls(_measured(1), min(cluster.workers, os.cpu_count() or 1))
+        return cls(_measured(experiment.training.threads), 1)
+
+    def seconds(self, cost: Cost) -> float:
+        """The predicted time."""
+        return cost.seconds(self.machine) / self.workers
+
+    def fields(self, cost: Cost, seconds: float) -> dict[str, Any]:
+        """Of a step that took `seconds`: what a history says of it; nothing where the cost model has no say."""
+        if not cost.flops:
+            return {}
+        return {
+            "step_seconds": seconds,
+            "predicted_seconds": self.seconds(cost),
+            "share_of_peak": cost.flops / (seconds * self.machine.flops * self.workers),
+        }
+
+
+def work_of_a_step(
+    experiment: Experiment, module: nn.Module, batches: BatchSource, coordinates: Coordinates | None
+) -> Cost:
+    """The operations and bytes of one step's coordinate-wise estimate; the module stays as it is."""
+    inputs, targets = batches.batch(0, 0)
+    modes = {part: part.training for part in module.modules()}
+    module.train()
+    try:
+        with preserved_random_state():
+            evaluator = prepare(module, inputs, targets, F.cross_entropy)
+            base = evaluator.base(*state_of(module), inputs, targets)
+            return work(evaluator, base, resolve(module, coordinates), experiment.estimator.difference)
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _measured(threads: int) -> Machine:
+    with _threads(threads):
+        return measured()
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
