@@ -155,7 +155,7 @@ def check_kernels() -> list[Check]:
     found = f"{facts['reason']}, {bfloat16}" if facts["used"] else f"not in use, torch does it: {facts['reason']}"
     mend = "name a C++ compiler with OpenMP, such as g++, in CXX" if facts["broken"] else ""
     kernels = Check("kernels", "warn" if facts["broken"] else "ok", _one_line(found), mend)
-    peak = f"{facts['flops'] / 1e9:.0f} GFLOP/s and {facts['bandwidth'] / 1e9:.0f} GB/s on {facts['threads']} thread(s)"
+    peak = f"{facts['flops'] / 1e9:.0f} GFLOP/s and {facts['bandwidth'] / 1e9:.0f} GB/s, threads: {facts['threads']}"
     return [kernels, Check("peak", "ok", peak)]
 
 

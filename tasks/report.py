@@ -153,7 +153,7 @@ def gap_to_first_order(result: MethodResult, results: Sequence[MethodResult]) ->
 
 def duration(seconds: float) -> str:
     """30 ms, 4.2 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 0.0995:
+    if 0 < seconds < 0.0995:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"

@@ -47,6 +47,7 @@ CASES = {
     "sparsity 1": (["pruning.sparsity=1"], "pruning.sparsity must be less than 1, but is 1"),
     "sparsity below 0": (["pruning.sparsity=-.1"], "pruning.sparsity must be greater than or equal to 0, but is -0.1"),
     "mu": (["estimator.mu=0"], "estimator.mu must be greater than 0, but is 0"),
+    "precision": (["estimator.precision=float61"], "estimator.precision cannot be 'float61'; did you mean"),
     "mu of pruning": (["pruning.mu=-1e-3"], "pruning.mu must be greater than 0, but is -0.001"),
     "sigma": (["certification.sigma=0"], "certification.sigma must be greater than 0"),
     "alpha": (["certification.alpha=1"], "certification.alpha must be less than 1"),

@@ -32,6 +32,7 @@ def test_paper_has_the_settings_of_the_paper() -> None:
     assert (paper.data.crop_padding, paper.data.flip) == (4, True)
     assert (paper.pruning.method, paper.pruning.sparsity, paper.pruning.queries) == ("zo-grasp", 0.9, 192)
     assert (paper.pruning.samples_per_class, paper.pruning.redraw_epochs, paper.estimator.mu) == (25, 1, 5e-3)
+    assert paper.estimator.precision == "value", "perturbed values, not changes beside cached ones"
     training = paper.training
     assert (training.method, training.epochs, training.schedule.warmup_epochs) == ("cge", 50, 3)
     assert (training.optimizer.name, training.optimizer.lr) == ("SGD", 0.1)
@@ -47,6 +48,18 @@ def test_cifar10_cnn_trains_the_papers_cnn_for_200_steps() -> None:
     assert per_epoch == 390
     assert experiment.training.steps == 200 <= per_epoch * experiment.training.epochs
     assert experiment.baselines == ("first-order-sparse-gradients",)
+
+
+def test_the_precisions_are_those_of_the_engine() -> None:
+    from typing import get_args
+
+    from configs.schema import EstimatorConfig, Precision
+    from deepzero_core.perturb.estimate import PRECISIONS
+
+    assert set(get_args(Precision)) == set(PRECISIONS)
+    assert EstimatorConfig().precision == "float32"
+    for precision in PRECISIONS:
+        assert configs.load("demo", [f"estimator.precision={precision}"]).estimator.precision == precision
 
 
 def test_a_file_without_a_name_is_called_like_the_file(tmp_path: Path) -> None:

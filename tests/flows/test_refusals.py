@@ -34,8 +34,9 @@ def test_a_wrong_configuration_is_refused_before_anything_is_created(fresh_home:
 def test_a_dry_run_shows_the_plan_and_creates_nothing(fresh_home: Any) -> None:
     completed = fresh_home.done("run", "pipeline", "--config", "smoke", "--dry-run")
     assert completed.stderr == ""
-    for fact in ("digits: 1,437 train, 360 test", "cge, 4 steps of 32 examples", "per step"):
+    for fact in ("digits: 1,437 train, 360 test", "cge, 4 steps of 32 examples", "per step", "GFLOP per step"):
         assert fact in completed.stdout
+    assert re.search(r"time +about \d+ ms per step, [\d.]+ m?s in all, on this machine", completed.stdout)
     assert not fresh_home.path.exists()
 
 

@@ -2,6 +2,8 @@
 
 import http.server
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -60,6 +62,7 @@ def test_nothing_is_wrong_with_this_installation(home: Path) -> None:
         "disk",
     }
     assert names >= {"phiml", "memory", "cores", "port 4200", "port 5000", "DEEPZERO_DATA_ROOT", "data stores", "cuda"}
+    assert names >= {"kernels", "peak"}
     assert not home.exists(), "looking must not create anything"
 
 
@@ -90,6 +93,26 @@ def test_a_broken_torch_is_named(shadow: Path) -> None:
     break_package(shadow, "torch", "import os; os._exit(9)\n")
     check = only(doctor.check_torch())
     assert (check.status, check.found) == ("fail", "cannot be imported: the interpreter died with status 9")
+
+
+def test_the_kernels_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPZERO_NATIVE", "0")
+    kernels, peak = doctor.check_kernels()
+    assert (kernels.status, kernels.mend) == ("ok", "")
+    assert kernels.found == "not in use, torch does it: switched off by DEEPZERO_NATIVE=0"
+    assert re.fullmatch(r"\d+ GFLOP/s and \d+ GB/s, threads: \d+", peak.found)
+    monkeypatch.delenv("DEEPZERO_NATIVE")
+    monkeypatch.setenv("CXX", "false")
+    kernels, _ = doctor.check_kernels()
+    assert kernels.status == "warn" and "'false'" in kernels.found and "CXX" in kernels.mend
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_kernels_that_are_there_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++")
+    kernels, _ = doctor.check_kernels()
+    assert kernels.status == "ok"
+    assert re.fullmatch(r"compiled with g\+\+, (no )?bfloat16 instructions", kernels.found)
 
 
 def test_the_command_reports_a_broken_installation_and_fails(shadow: Path, home: Path) -> None:

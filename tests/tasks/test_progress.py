@@ -37,6 +37,17 @@ def test_where_there_is_no_terminal_a_line_comes_now_and_then(
     assert re.fullmatch(r"train cge +8 of 10, loss 0\.4, 0:00 left", lines[1])
 
 
+def test_what_is_expected_is_said_before_the_first_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Progress("train cge", total=10, done=6, unit_seconds=30.0):
+        pass
+    assert re.fullmatch(r"train cge +6 of 10, about 2:00 left\n", capsys.readouterr().out)
+    with Progress("train cge", total=10, unit_seconds=1.0):
+        pass
+    assert capsys.readouterr().out == "", "over before anybody has read it"
+
+
 def test_a_quick_stage_prints_nothing_on_its_way(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("certify", total=100) as bar:
         for _ in range(100):

@@ -257,10 +257,29 @@ def test_the_gap_is_to_dense_first_order_training(material: Material, tmp_path: 
     assert [row[3] for row in methods_table(methods).rows] == ["−1.50", "–", "−1.00"]
 
 
+def test_the_speed_of_steps_stands_beside_its_prediction(material: Material, tmp_path: Path) -> None:
+    """Where the cost model had a say; histories of before it lack the fields."""
+    assert "share of peak" not in material.write(tmp_path / "before").markdown.read_text(encoding="utf-8")
+    history = material.results[0].trained.history
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    for line in lines[2:]:
+        if line["kind"] == "step":
+            line |= {"step_seconds": 0.5 * line["step"], "predicted_seconds": 0.04, "share_of_peak": 0.62}
+    history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written = material.write(tmp_path / "after")
+    text = written.markdown.read_text(encoding="utf-8")
+    assert re.search(r"^\| method \| time per step \| predicted \| share of peak \|$", text, re.M)
+    (row,) = re.findall(r"^\|.*40 ms.*\|$", text, re.M)
+    assert row.endswith("| 8.0 s | 40 ms | 62% |"), "medians"
+    assert "share of peak" in written.html.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
         (0.0, "0.0 s"),
+        (0.0304, "30 ms"),
+        (0.0999, "0.1 s"),
         (4.21, "4.2 s"),
         (59.96, "1 min 00 s"),
         (185, "3 min 05 s"),

@@ -87,7 +87,8 @@ def steps_of(history: Path) -> tuple[list[int], list[int]]:
 
 def same_numbers(one: Path, other: Path) -> bool:
     """Whether two histories tell the same, times and memory aside."""
-    clocks = ("seconds", "queries_per_second", "peak_memory_bytes")
+    speed = ("step_seconds", "predicted_seconds", "share_of_peak")
+    clocks = ("seconds", "queries_per_second", "peak_memory_bytes", *speed)
 
     def told(path: Path) -> list[dict[str, Any]]:
         return [{name: value for name, value in line.items() if name not in clocks} for line in read(path)]
@@ -173,6 +174,42 @@ def test_mlflow_has_every_number_of_a_resumed_run_once(
         assert {point.step: point.value for point in points if point.step} == {
             line["step"]: pytest.approx(line[name]) for line in lines
         }
+
+
+def test_steps_and_run_are_predicted(in_home: Callable[..., Trained], tracking: Tracking) -> None:
+    trained = in_home("predicted")
+    lines = [line for line in read(trained.history) if line["kind"] == "step"]
+    for line in lines:
+        assert 0 < line["predicted_seconds"] < 60 and 0 < line["step_seconds"] < 60
+        assert 0 < line["share_of_peak"] < 5, "Winograd's products are fewer than those that are counted"
+    run = MlflowClient(tracking_uri=tracking_uri()).get_run(
+        json.loads((trained.folder / "record.json").read_text())["run_id"]
+    )
+    assert run.data.metrics["cost/predicted_step_seconds"] == pytest.approx(lines[-1]["predicted_seconds"])
+    assert run.data.metrics["cost/predicted_run_seconds"] == pytest.approx(12 * lines[0]["predicted_seconds"])
+    assert run.data.metrics["cost/share_of_peak"] == pytest.approx(lines[-1]["share_of_peak"])
+
+
+def test_what_the_cost_model_does_not_know_is_not_predicted(in_home: Callable[..., Trained]) -> None:
+    lines = [line for line in read(in_home("exact", method="first-order").history) if line["kind"] == "step"]
+    assert len(lines) == 12
+    assert not any(name in line for line in lines for name in ("step_seconds", "predicted_seconds", "share_of_peak"))
+
+
+def test_a_run_begun_before_there_were_predictions_goes_on(
+    in_home: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(8, patch)
+        in_home("old")
+    (history,) = (tmp_path / "old").glob("stages/train/*/history.jsonl")
+    old = [json.loads(line) for line in history.read_text().splitlines()]
+    for line in old:
+        for name in ("step_seconds", "predicted_seconds", "share_of_peak"):
+            line.pop(name, None)
+    history.write_text("".join(json.dumps(line) + "\n" for line in old))
+    lines = [line for line in read(in_home("old").history) if line["kind"] == "step"]
+    assert ["share_of_peak" in line for line in lines] == [False] * 6 + [True] * 6
 
 
 def test_workers_or_none_give_the_same_bits(in_home: Callable[..., Trained]) -> None:

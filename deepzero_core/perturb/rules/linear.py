@@ -19,11 +19,14 @@ from deepzero_core.perturb.rules.registry import Call, Result, rule
 
 aten = torch.ops.aten
 
+_SHORT = 32
+"""Products over fewer elements are bound by memory: one of twice the length is faster than two."""
+
 
 @rule(aten.mm.default, aten.bmm.default)
 def matrix_product(call: Call) -> Result:
     """[M, K]·[K, L], or N of them."""
-    return _product(call.args[0], call.args[1], call.change(0), call.change(1))
+    return _product(call.args[0], call.args[1], call.change(0), call.change(1), call.precision)
 
 
 @rule(aten.addmm.default, aten.baddbmm.default)
@@ -31,7 +34,7 @@ def product_and_sum(call: Call) -> Result:
     """β·bias + α·a·b."""
     added, product = call.change(0), None
     if call.changed() != (0,):
-        found = _product(call.args[1], call.args[2], call.change(1), call.change(2))
+        found = _product(call.args[1], call.args[2], call.change(1), call.change(2), call.precision)
         if found is None:
             return None
         product = _scaled(found, call.kwargs.get("alpha", 1))
@@ -54,7 +57,7 @@ def vector_product(call: Call) -> Result:
         if isinstance(change_a, Change):
             block = change_a.block and replace(change_a.block, dim=1)
             change_a = Change(change_a.delta.unsqueeze(1), block)
-    product = _product(a, b.unsqueeze(1), change_a, change_b)
+    product = _product(a, b.unsqueeze(1), change_a, change_b, call.precision)
     if product is None:
         return None
     rows = product.block if product.block and product.block.dim == 0 and call.output.ndim else None
@@ -69,18 +72,38 @@ def _scaled(change: OneHot | Change, factor: float) -> OneHot | Change:
     return Change(factor * change.delta, change.block)
 
 
-def _product(a: Tensor, b: Tensor, change_a: AnyChange | None, change_b: AnyChange | None) -> Change | None:
+def _product(
+    a: Tensor, b: Tensor, change_a: AnyChange | None, change_b: AnyChange | None, precision: str
+) -> Change | None:
     """Δ(a·b) of matrices [M, K]·[K, L] or [N, M, K]·[N, K, L]."""
     if change_a is not None and change_b is not None:
         if not isinstance(change_a, (Change, OneHot)) or not isinstance(change_b, (Change, OneHot)):
             return None
         da, db = dense(change_a, a.shape), dense(change_b, b.shape)
-        return Change(torch.matmul(da, b) + torch.matmul(a + da, db))
+        return Change(_both(a, b, da, db))
     if change_a is not None:
-        return _left(a, b, change_a)
+        return _left(a, b, change_a, precision)
     # aᵀ and bᵀ swap roles: (a·b)ᵀ = bᵀ·aᵀ.
-    transposed = _left(b.mT, a.mT, _transpose(change_b, b.shape)) if change_b is not None else None
+    transposed = _left(b.mT, a.mT, _transpose(change_b, b.shape), precision) if change_b is not None else None
     return None if transposed is None else _swapped(transposed)
+
+
+def _both(a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Tensor:
+    """δa·b + (a + δa)·δb; a short sum (the width of an attention head) as one product [δa, a + δa]·[b; δb]."""
+    if a.shape[-1] <= _SHORT:
+        return torch.matmul(torch.cat([da, a + da], -1), torch.cat([b.expand_as(db), db], -2))
+    rows, columns = da.shape[-2:], db.shape[-2:]
+    product = torch.baddbmm(
+        torch.matmul(da, b).reshape(-1, rows[0], columns[1]), (a + da).reshape(-1, *rows), db.reshape(-1, *columns)
+    )
+    return product.view(*da.shape[:-1], columns[1])
+
+
+def _matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
+    """a·b; by a single matrix in bfloat16 where that is allowed. Many small products are not faster in it."""
+    if precision == "bfloat16" and b.ndim == 2:
+        return torch.matmul(a.bfloat16(), b.bfloat16()).to(a.dtype)
+    return torch.matmul(a, b)
 
 
 def _transpose(change: AnyChange, shape: torch.Size) -> AnyChange:
@@ -101,11 +124,11 @@ def _swapped(change: Change) -> Change:
     return Change(change.delta.mT, block)
 
 
-def _left(a: Tensor, b: Tensor, change: AnyChange) -> Change | None:
+def _left(a: Tensor, b: Tensor, change: AnyChange, precision: str) -> Change | None:
     """Δ(a·b) when a [(N,) M, K] changes and b [(N,) K, L] stays."""
     if isinstance(change, OneHot):
         if a.ndim > 2:
-            return _left(a, b, one_hot_block(change, a.shape))
+            return _left(a, b, one_hot_block(change, a.shape), precision)
         row, column = change.positions // a.shape[1], change.positions % a.shape[1]
         delta = change.steps[:, None] * b[column]
         return Change(delta.unsqueeze(1), Block(0, tuple(row.tolist())))
@@ -121,4 +144,4 @@ def _left(a: Tensor, b: Tensor, change: AnyChange) -> Change | None:
         return Change(torch.matmul(change.delta, met))
     if block is not None and block.dim < b.ndim - 2:
         b = take(b, block, change.width)
-    return Change(torch.matmul(change.delta, b), block)
+    return Change(_matmul(change.delta, b, precision), block)

@@ -44,13 +44,13 @@ def softmax(call: Call) -> Result:
         return None
     if not within(change.delta, _LARGE):
         return _of_values(call, change, [call.args[1]], lambda y, axes: call.target(y, axes[0], *call.args[2:]))
-    shift = _shift(call, change, [call.args[1]], lambda: call.output)
-    width = change.width if change.block else 0
-    own = take(call.output, change.block, width)
+    own = take(call.output, change.block, change.width if change.block else 0)
+    growth = change.delta.expm1().mul_(own)
+    shift = growth.sum(1 + call.args[1] % call.output.ndim, keepdim=True)
     if change.block is None or not _crosses(call, change, [call.args[1]]):
-        return Change(own * (change.delta.expm1() - shift) / (1 + shift), change.block)
-    growth = Change(own * change.delta.expm1(), change.block)
-    return Change((dense(growth, call.output.shape) - call.output * shift) / (1 + shift))
+        return Change(growth.addcmul_(own, shift, value=-1).div_(1 + shift), change.block)
+    grown = dense(Change(growth, change.block), call.output.shape)
+    return Change(grown.addcmul_(call.output, shift, value=-1).div_(1 + shift))
 
 
 @rule(aten.logsumexp.default)
