@@ -1,8 +1,8 @@
 """Changes that are written down first and evaluated once: what follows a convolution, in one pass over memory.
 
-    e = scale·δ + shift + rescale·x̂ + residual              normalisation and residual sum
-    rectified:  Δ = max(e + min(y, 0), −max(y, 0))           with slope s:  Δ + s·(e − Δ)
-    pooled:     e = maxⱼ(eⱼ + (yⱼ − m)) and y = m = maxⱼ yⱼ   before the rectifier (both are monotone and commute)
+    e = scale·δ + shift + rescale·(values − mean) + residual    normalisation and residual sum
+    rectified:  Δ = max(e + min(y, 0), −max(y, 0))              with slope s:  Δ + s·(e − Δ)
+    pooled:     e = maxⱼ(eⱼ + (yⱼ − m)) and y = m = maxⱼ yⱼ      before the rectifier (both are monotone and commute)
 
 Nothing cancels: where signs and arg-max stay, Δ is e itself. Rules extend an open chain; reading `delta` closes it.
 """
@@ -31,7 +31,8 @@ class Terms:
     scale: Tensor | None = None
     shift: Tensor | None = None
     rescale: Tensor | None = None
-    centred: Tensor | None = None
+    values: Tensor | None = None
+    mean: Tensor | None = None
     residual: Tensor | None = None
     base: Tensor | None = None
     slope: float | None = None
@@ -110,6 +111,15 @@ def base_layout(base: Tensor, like: Tensor) -> Tensor:
     return kernels.batch_last(base, 0) if kernels.suits(like) else base
 
 
+def centred(values: Tensor, mean: Tensor | None, block: Block | None, width: int) -> Tensor:
+    """The part of values [B, C, *space] − mean [C] that a block of channels covers; see `take`."""
+    taken = take(values, block, width)
+    if mean is None:
+        return taken
+    means = take(mean, Block(0, block.start) if block else None, width)
+    return taken - means.reshape(len(means), 1, -1, *[1] * (values.ndim - 2))
+
+
 def _evaluate(terms: Terms) -> Tensor:
     return _native(terms, None) if terms.native else _eager(terms)
 
@@ -128,7 +138,8 @@ def _native(terms: Terms, window: Window | None) -> Tensor:
         scale=per_perturbation(terms.scale),
         shift=per_perturbation(terms.shift),
         rescale=per_perturbation(terms.rescale),
-        centred=base(terms.centred),
+        values=base(terms.values),
+        mean=terms.mean,
         residual=terms.residual,
         base=base(terms.base),
         slope=terms.slope,
@@ -151,8 +162,8 @@ def _eager(terms: Terms) -> Tensor:
             if terms.shift is not None
             else (channels(terms.scale) * total)
         )
-    if terms.rescale is not None and terms.centred is not None:
-        total = torch.addcmul(total, channels(terms.rescale), take(terms.centred, block, width))
+    if terms.rescale is not None and terms.values is not None:
+        total = torch.addcmul(total, channels(terms.rescale), centred(terms.values, terms.mean, block, width))
     if terms.residual is not None:
         total = total + terms.residual
     if terms.slope is None or terms.base is None:

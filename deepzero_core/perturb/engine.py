@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from deepzero_core.perturb.chain import Chain
+from deepzero_core.perturb.chain import Chain, base_layout
 from deepzero_core.perturb.changes import Change, OneHot, dense, take
 from deepzero_core.perturb.cost import Cost, stretch, work
 from deepzero_core.perturb.evaluator import BasePass, Chunk, Situation
@@ -25,6 +25,16 @@ from deepzero_core.perturb.rules.general import operand_bytes
 from deepzero_core.perturb.trace import Trace
 
 _MAX_CHUNK = 4096
+aten = torch.ops.aten
+_SPATIAL = {
+    aten.convolution.default,
+    aten.native_batch_norm.default,
+    aten.relu.default,
+    aten.leaky_relu.default,
+    aten.max_pool2d_with_indices.default,
+    aten.add.Tensor,
+}
+"""Operators of which kernels read results [B, C, H, W]: kept as they read them, instead of twice."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +44,20 @@ class _Cache:
     values: dict[Node, Any]
     arguments: dict[Node, tuple[Any, Any]] = field(default_factory=dict)
     """By node: its arguments with values in place of nodes."""
-    kept: dict[Node, dict[str, Tensor]] = field(default_factory=dict)
+    kept: dict[Node, dict[str, Any]] = field(default_factory=dict)
     """By node: see `Call.once`."""
+    own: dict[str, dict[Node, dict[str, Any]]] = field(default_factory=dict)
+    """Of the parameter that is perturbed at present, by node: see `Call.once_for_parameter`."""
 
     def of(self, node: Node) -> tuple[Any, Any]:
         if node not in self.arguments:
             self.arguments[node] = _bases(node.args, self.values), _bases(node.kwargs, self.values)
         return self.arguments[node]
+
+    def own_of(self, name: str) -> dict[Node, dict[str, Any]]:
+        if name not in self.own:
+            self.own.clear()
+        return self.own.setdefault(name, {})
 
 
 @dataclass
@@ -85,7 +102,8 @@ class TracedEvaluator:
                     results = _bases(node.args, values)[0]
                 else:
                     assert callable(node.target)
-                    values[node] = node.target(*_bases(node.args, values), **_bases(node.kwargs, values))
+                    value = node.target(*_bases(node.args, values), **_bases(node.kwargs, values))
+                    values[node] = _laid_out(value) if node.target in _SPATIAL else value
         return BasePass(*self._trace.unflatten(results), parameters, _Cache(values), state)
 
     def coordinates(self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32") -> Tensor:
@@ -117,7 +135,7 @@ class TracedEvaluator:
         live: dict[Node, Any] = {trace.parameters[chunk.name]: source}
         with torch.no_grad():
             for node in trace.reads[chunk.name]:
-                live[node] = self._change_of(node, base.cache, live, count, precision, probe)
+                live[node] = self._change_of(node, base.cache, live, chunk, precision, probe)
                 if precision == "value":
                     live[node] = _as_values(live[node], base.cache.values[node])
                 for used in last_use.get(node, ()):
@@ -126,7 +144,7 @@ class TracedEvaluator:
         return base.loss.new_zeros(count) if change is None else dense(change, base.loss.shape)
 
     def _change_of(
-        self, node: Node, base: _Cache, live: dict[Node, Any], count: int, precision: str, probe: _Probe | None
+        self, node: Node, base: _Cache, live: dict[Node, Any], chunk: Chunk, precision: str, probe: _Probe | None
     ) -> Any:
         """The change of one node's value, from those of its operands; None where nothing moves."""
         changes = tuple(_operand_changes(argument, live) for argument in node.args)
@@ -135,10 +153,11 @@ class TracedEvaluator:
             return parts[index] if isinstance(parts, (tuple, list)) else None
         if all(change is None or (isinstance(change, list) and not any(change)) for change in changes):
             return None
+        name, count = chunk.name, len(chunk.indices)
         args, kwargs = base.of(node)
-        kept = base.kept.setdefault(node, {})
+        kept, own = base.kept.setdefault(node, {}), base.own_of(name).setdefault(node, {})
         read = self._results_read[node]
-        call = Call(node.target, args, kwargs, changes, base.values[node], count, read, kept, precision)
+        call = Call(node.target, args, kwargs, changes, base.values[node], count, read, kept, own, precision)
         rule = rule_for(node.target)
         change = rule(call) if rule is not None else None
         passing = 0
@@ -173,6 +192,12 @@ def _operand_changes(argument: Any, live: dict[Node, Any]) -> Any:
     if isinstance(argument, (list, tuple)) and any(isinstance(item, Node) for item in argument):
         return [live.get(item) if isinstance(item, Node) else None for item in argument]
     return None
+
+
+def _laid_out(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return (_laid_out(value[0]), *value[1:])
+    return base_layout(value, value.unsqueeze(0)) if value.ndim == 4 else value
 
 
 def _last_uses(nodes: tuple[Node, ...]) -> dict[Node, list[Node]]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from deepzero_core import cge, reference
 from deepzero_core.perturb.chain import Chain, Terms, added, pooled, rectified, terms_of
-from deepzero_core.perturb.changes import Block, Change, take
+from deepzero_core.perturb.changes import Block, Change, dense, take
 from deepzero_core.perturb.evaluator import prepare
 from deepzero_core.perturb.native import kernels
 from deepzero_core.perturb.native.build import build
@@ -30,14 +30,15 @@ WINDOWS = {
 
 
 def terms(present: dict[str, bool], batch: int = 21, space: tuple[int, ...] = (5, 7), block: bool = True) -> Terms:
-    """Terms with those that are named: [P, B, w, *space], [P, w], [B, C, *space]."""
+    """Terms with those that are named: [P, B, w, *space], [P, w], [B, C, *space], [C]."""
     torch.manual_seed(0)
     width = WIDTH if block else CHANNELS
     made: dict[str, Any] = {
         "scale": torch.randn(COUNT, width),
         "shift": torch.randn(COUNT, width),
         "rescale": torch.randn(COUNT, width),
-        "centred": torch.randn(batch, CHANNELS, *space),
+        "values": torch.randn(batch, CHANNELS, *space),
+        "mean": torch.randn(CHANNELS),
         "residual": torch.randn(COUNT, batch, width, *space),
     }
     source = torch.randn(COUNT, batch, width, *space)
@@ -45,15 +46,17 @@ def terms(present: dict[str, bool], batch: int = 21, space: tuple[int, ...] = (5
 
 
 def plain(terms: Terms) -> Tensor:
-    """e = scale·δ + shift + rescale·x̂ + residual in float64."""
+    """e = scale·δ + shift + rescale·(values − mean) + residual in float64."""
 
     def channels(values: Tensor | None, default: float) -> Any:
         space = [1] * (terms.source.ndim - 3)
         return default if values is None else values.double().view(COUNT, 1, -1, *space)
 
     total = channels(terms.scale, 1) * terms.source.double() + channels(terms.shift, 0)
-    if terms.centred is not None:
-        total = total + channels(terms.rescale, 0) * seen(terms.centred, terms)
+    if terms.values is not None:
+        mean = terms.mean if terms.mean is not None else torch.zeros(CHANNELS)
+        centred = terms.values.double() - mean.double().view(-1, *[1] * (terms.source.ndim - 3))
+        total = total + channels(terms.rescale, 0) * seen(centred, terms)
     return total if terms.residual is None else total + terms.residual.double()
 
 
@@ -70,8 +73,9 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 NAMES = ("scale", "shift", "rescale", "residual")
+ALL = (*NAMES, "values", "mean")
 COMBINATIONS = [
-    dict(zip(NAMES, flags, strict=True)) | {"centred": flags[2]}
+    dict(zip(NAMES, flags, strict=True)) | {"values": flags[2], "mean": flags[2] and flags[3]}
     for flags in product([False, True], repeat=4)
     if flags[0] or not flags[1]  # no rule shifts without scaling
 ]
@@ -115,14 +119,14 @@ def test_pooling_of_every_combination(window: str, slope: float | None) -> None:
 
 
 def test_one_axis_of_space(arithmetic: str) -> None:
-    given = terms(dict.fromkeys([*NAMES, "centred"], True), space=(9,))
+    given = terms(dict.fromkeys(ALL, True), space=(9,))
     base = torch.randn(21, CHANNELS, 9)
     y, total = seen(base, given), plain(given)
     assert_close(rectified(Chain(given), base).delta, (y + total).relu() - y.relu())
 
 
 def test_a_chain_is_evaluated_once_and_knows_its_size_before() -> None:
-    given = terms(dict.fromkeys([*NAMES, "centred"], True))
+    given = terms(dict.fromkeys(ALL, True))
     change = Chain(given)
     assert (change.count, change.width, change.terms) == (COUNT, WIDTH, given)
     delta = change.delta
@@ -131,25 +135,30 @@ def test_a_chain_is_evaluated_once_and_knows_its_size_before() -> None:
 
 
 def test_what_adds_to_a_chain() -> None:
-    """A residual where the block is the same and none is there yet; a rectified chain takes nothing more."""
-    bare = terms(dict.fromkeys([*NAMES, "centred"], False))
+    """One residual, on the chain's own block or, where all of the chain moves, on any; a rectified chain takes none."""
+    shape = torch.Size([21, CHANNELS, 5, 7])
+    bare, whole = (terms(dict.fromkeys(ALL, False), block=block) for block in (True, False))
     other = Change(torch.randn_like(bare.source), bare.block)
-    total = added(Chain(bare), other)
-    assert total is not None
-    assert_close(total.delta, bare.source.double() + other.delta.double())
-    swapped = added(other, Chain(bare))
-    assert swapped is not None and torch.equal(swapped.delta, total.delta)
     elsewhere = Change(other.delta, Block(1, (0, 0, 0)))
-    assert added(Chain(bare), elsewhere) is None
-    assert added(rectified(Chain(bare), torch.randn(21, CHANNELS, 5, 7)), other) is None
-    assert added(other, other) is None
+    for change, added_one in ((Chain(bare), other), (other, Chain(bare))):
+        total = added(change, added_one, shape)
+        assert total is not None and total.block == bare.block
+        assert_close(total.delta, bare.source.double() + other.delta.double())
+    thick = added(Chain(whole), elsewhere, shape)
+    assert thick is not None and thick.block is None
+    assert_close(thick.delta, whole.source.double() + dense(elsewhere, shape).double())
+    assert added(Chain(bare), elsewhere, shape) is None
+    twice = added(Chain(bare), other, shape)
+    assert twice is not None and added(twice, other, shape) is None
+    assert added(rectified(Chain(bare), torch.randn(*shape)), other, shape) is None
+    assert added(other, other, shape) is None
 
 
 def test_nothing_cancels() -> None:
     """A change of 1e-7 beside values of 1 keeps its digits through normalisation, rectifier and pooling."""
     if build().library is None:
         pytest.skip(build().reason)
-    given = terms({"scale": True} | dict.fromkeys(["shift", "rescale", "centred", "residual"], False), space=(4, 4))
+    given = terms({"scale": True} | dict.fromkeys(ALL[1:], False), space=(4, 4))
     small = Terms(1e-7 * given.source, given.block, scale=given.scale)
     base = torch.randn(21, CHANNELS, 4, 4)
     found = pooled(rectified(Chain(small), base), base.relu(), ((2, 2), (2, 2), (0, 0), (1, 1), torch.Size([2, 2])))

@@ -141,12 +141,13 @@ def test_bfloat16_is_rounded_and_not_something_else() -> None:
 
 @pytest.mark.parametrize("batch", [16, 21, 40])
 def test_moments(batch: int) -> None:
-    """Means of δ and of (2x̂ + δ)·δ, from each perturbation's own channels."""
+    """Means of δ and of (2x̂ + δ)·δ with x̂ = values − mean, from each perturbation's own channels."""
     torch.manual_seed(0)
-    delta, centred = torch.randn(COUNT, batch, 2, 5, 3), torch.randn(batch, 6, 5, 3)
+    delta, values, mean = torch.randn(COUNT, batch, 2, 5, 3), torch.randn(batch, 6, 5, 3), torch.randn(6)
     start = [4, 0, 1]
-    found = kernels.moments(delta, kernels.batch_last(centred, 0), start)
-    seen = torch.stack([centred[:, first : first + 2] for first in start]).double()
+    found = kernels.moments(delta, values, mean, start)
+    centred = values.double() - mean.double().view(-1, 1, 1)
+    seen = torch.stack([centred[:, first : first + 2] for first in start])
     exact = delta.double()
     square = (2 * seen + exact) * exact
     expected = torch.stack([exact.mean((1, 3, 4)), square.mean((1, 3, 4))], 2)
@@ -157,8 +158,7 @@ def test_a_long_sum_is_as_exact_as_a_short_one() -> None:
     """A mean of a million numbers far from 0 in float32 alone would be wrong in the fifth digit."""
     torch.manual_seed(0)
     delta = 1 + torch.rand(1, 64, 1, 128, 128)
-    centred = torch.zeros(64, 1, 128, 128)
-    found = kernels.moments(delta, kernels.batch_last(centred, 0), None)
+    found = kernels.moments(delta, torch.zeros(64, 1, 128, 128), None, None)
     expected = torch.stack([delta.double().mean(), delta.double().square().mean()]).view(1, 1, 2)
     assert error(found, expected) < 1e-6
 
@@ -171,8 +171,8 @@ def results(threads: int) -> list[Tensor]:
         for mode in ("direct", "winograd", *(["bfloat16"] if kernels.has_bfloat16() else [])):
             shape = square(17, 9, 9, 3, 1, 1, 1, 37)
             found.append(shape.run(*shape.tensors(), mode))
-        delta, centred = torch.randn(COUNT, 37, 4, 9, 9), torch.randn(37, 4, 9, 9)
-        found.append(kernels.moments(delta, kernels.batch_last(centred, 0), None))
+        delta, values = torch.randn(COUNT, 37, 4, 9, 9), torch.randn(37, 4, 9, 9)
+        found.append(kernels.moments(delta, values, values.mean((0, 2, 3)), None))
         return found
     finally:
         torch.set_num_threads(before)

@@ -35,7 +35,7 @@ class _Shape(ctypes.Structure):
 class _Chain(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int64) for name in ("channels", "base_channels", "length", "batch")],
-        *[(name, _Floats) for name in ("delta", "centred", "residual", "base", "a", "c", "d", "start")],
+        *[(name, _Floats) for name in ("delta", "values", "residual", "base", "a", "c", "d", "mean", "start")],
         ("slope", ctypes.c_float),
         ("out", _Floats),
     ]
@@ -164,14 +164,17 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
 
 
-def moments(delta: Tensor, centred: Tensor, start: Sequence[int] | None) -> Tensor:
-    """The means of δ and (2x̂ + δ)·δ over space and batch, [P, C, 2]; x̂ [B, channels, *space] from channel start[p]."""
+def moments(delta: Tensor, values: Tensor, mean: Tensor | None, start: Sequence[int] | None) -> Tensor:
+    """The means of δ and (2x̂ + δ)·δ over space and batch, [P, C, 2].
+
+    x̂ = values − mean; values [B, channels, *space] and mean [channels] are read from channel start[p].
+    """
     kernels = library()
     assert kernels is not None
-    delta = batch_last(delta)
+    delta, values = batch_last(delta), batch_last(values, 0)
     out = torch.empty(delta.shape[0], delta.shape[2], 2)
     starts = _starts(delta.shape[0], start)
-    chain = _chain(delta, out, start=starts, centred=centred)
+    chain = _chain(delta, out, start=starts, values=values, mean=mean)
     kernels.deepzero_moments(ctypes.byref(chain), ctypes.c_int64(delta.shape[0]), torch.get_num_threads())
     return out
 
@@ -191,19 +194,20 @@ def chain(
     scale: Tensor | None,
     shift: Tensor | None,
     rescale: Tensor | None,
-    centred: Tensor | None,
+    values: Tensor | None,
+    mean: Tensor | None,
     residual: Tensor | None,
     base: Tensor | None,
     slope: float | None,
     start: Sequence[int] | None,
     pool: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int]] | None = None,
 ) -> Tensor:
-    """scale·δ + shift + rescale·x̂ + residual, then the rectifier's and the max-pooling's difference, in one pass.
+    """scale·δ + shift + rescale·(values − mean) + residual, then the rectifier's difference and max-pooling's.
 
     delta, residual:       [P, B, C, *space]
     scale, shift, rescale: [P, C]
-    centred, base:         [B, channels, *space], batch-last; read from channel start[p]. `base` is what the rectifier,
-                           or the pooling where there is none, has as its operand.
+    values, base:          [B, channels, *space], batch-last; read from channel start[p], as is mean [channels]. `base`
+                           is what the rectifier, or the pooling where there is none, has as its operand.
     slope:                 of the rectifier for negative values; None: no rectifier
     pool:                  (kernel, stride, padding, dilation, out_space)
     """
@@ -216,7 +220,7 @@ def chain(
     starts = _starts(count, start)
     coefficients = [None if value is None else value.contiguous() for value in (scale, shift, rescale)]
     work = _chain(
-        delta, out, slope=slope or 0.0, start=starts, centred=centred, residual=residual, base=base,
+        delta, out, slope=slope or 0.0, start=starts, values=values, mean=mean, residual=residual, base=base,
         a=coefficients[0], c=coefficients[1], d=coefficients[2],
     )  # fmt: skip
     shape = None

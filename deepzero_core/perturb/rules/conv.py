@@ -68,7 +68,7 @@ def _windows(call: Call) -> Tensor:
         wider = F.pad(inputs, [amount for axis in reversed(padding) for amount in (axis, axis)])
         return kernels.batch_last(wider, 0) if native else wider.contiguous()
 
-    source = call.once("padded", padded)
+    source = call.once_for_parameter("padded", padded)
     batch_stride, channel_stride, *space = source.stride()
     taps = [s * d for s, d in zip(space, dilation, strict=True)]
     steps = [s * d for s, d in zip(space, stride, strict=True)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.chain import Chain, Terms, base_layout
+from deepzero_core.perturb.chain import Chain, Terms, centred
 from deepzero_core.perturb.changes import Block, Change, OneHot, Replaced, dense, one_hot_block, take
 from deepzero_core.perturb.native import kernels
 from deepzero_core.perturb.rules.registry import Call, Result, rule
@@ -27,12 +27,13 @@ aten = torch.ops.aten
 class _OnChannels:
     """Everything on one block of channels: δ [1 or P, B, w, …], per-channel values [1 or P, 1, w, 1…].
 
-    `all_centred` is x̂ of every channel, [B, C, …].
+    `values` [B, C, …] is the operand, every channel of it, and mean [C] its mean.
     """
 
     block: Block | None
     width: int
-    all_centred: Tensor
+    values: Tensor
+    mean: Tensor
     scale: Tensor
     delta: Tensor | None
     gamma: Tensor | None
@@ -41,7 +42,7 @@ class _OnChannels:
 
     @property
     def centred(self) -> Tensor:
-        return take(self.all_centred, self.block, self.width)
+        return centred(self.values, self.mean, self.block, self.width)
 
 
 @rule(aten.native_batch_norm.default)
@@ -67,7 +68,7 @@ def batch_norm(call: Call) -> Result:
 def _statistics(on: _OnChannels, delta: Tensor) -> tuple[Tensor, Tensor]:
     """(Δm, Δs), per perturbation and channel: [P, 1, w, 1…]."""
     if kernels.suits(delta):
-        means = kernels.moments(delta, on.all_centred, on.block.start if on.block else None)
+        means = kernels.moments(delta, on.values, on.mean, on.block.start if on.block else None)
         average, square = (mean.reshape(len(mean), 1, -1, *[1] * (delta.ndim - 3)) for mean in means.unbind(2))
     else:
         axes = [1, *range(3, delta.ndim)]
@@ -92,7 +93,8 @@ def _values_moved(on: _OnChannels, average: Tensor | None, rescale: Tensor | Non
             scale=scale.flatten(1),
             shift=(-scale * average).flatten(1),
             rescale=(gamma * rescale).flatten(1),
-            centred=on.all_centred,
+            values=on.values,
+            mean=on.mean,
         )
     )
 
@@ -157,11 +159,8 @@ def _gather(call: Call, training: bool) -> _OnChannels | None:
     mean = call.output[1] if training else call.args[3]
     scale = channels(call.output[2] if training else (call.args[4] + call.args[7]).rsqrt())
     assert scale is not None
-    centred = call.once(
-        "centred", lambda: base_layout(inputs - mean.view(-1, *[1] * (inputs.ndim - 2)), inputs.unsqueeze(0))
-    )
     width = width if block else inputs.shape[1]
-    return _OnChannels(block, width, centred, scale, delta_of(0), channels(gamma), delta_of(1), delta_of(2))
+    return _OnChannels(block, width, inputs, mean, scale, delta_of(0), channels(gamma), delta_of(1), delta_of(2))
 
 
 def _shared_channels(changes: list[Change | None]) -> tuple[Block | None, int]:

@@ -35,6 +35,7 @@ class Call:
     count: int
     read: frozenset[int] = frozenset()
     kept: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
     precision: str = "float32"
 
     def argument(self, position: int, default: Any = None) -> Any:
@@ -49,6 +50,13 @@ class Call:
         if name not in self.kept:
             self.kept[name] = compute()
         kept: T = self.kept[name]
+        return kept
+
+    def once_for_parameter(self, name: str, compute: Callable[[], T]) -> T:
+        """As `once`, given up when another parameter's turn comes: for what only the parameter's own operator needs."""
+        if name not in self.own:
+            self.own[name] = compute()
+        kept: T = self.own[name]
         return kept
 
     def on_block(self, change: Change, name: str, compute: Callable[[], Tensor]) -> Tensor:
