@@ -199,9 +199,11 @@ class DistributedCGE:
         state = StepState(uuid4().hex, batch.epoch, batch.index, _arrays(parameters), _arrays(buffers), seed)
         if self._evaluator is None:
             self._evaluator = prepare(module, batch.inputs, batch.targets, F.cross_entropy)
-        base = self._evaluator.base(parameters, buffers, batch.inputs, batch.targets)
-        chosen = resolve(module, coordinates)
-        ranges, held_ranges = self._ranges_of(coordinates, chosen, base)
+        evaluator, chosen, base = self._evaluator, resolve(module, coordinates), None
+        if self._ranges is None or self._ranges[0] is not coordinates:
+            base = evaluator.base(parameters, buffers, batch.inputs, batch.targets)
+            self._ranges = coordinates, *self._cut(evaluator, chosen, base)
+        _, ranges, held_ranges = self._ranges
         held = self.client.submit(_hold, state, key=self._key("theta", state.name), pure=False)
         futures = [
             self.client.submit(
@@ -209,30 +211,24 @@ class DistributedCGE:
             )
             for i in range(len(ranges))
         ]
+        if base is None:  # the workers have begun already
+            base = evaluator.base(parameters, buffers, batch.inputs, batch.targets)
         slopes = self._collect(futures, ranges)
         gradients = scatter(parameters, chosen, slopes)
         spent = queries(count(chosen), self.problem.difference)
-        done = work(self._evaluator, base, chosen, self.problem.difference)
+        done = work(evaluator, base, chosen, self.problem.difference)
         return GradientEstimate(gradients, spent, base.loss.item(), base.outputs, base.buffers, done)
 
-    def _ranges_of(
-        self, coordinates: Coordinates | None, chosen: Mapping[str, Tensor], base: BasePass
-    ) -> tuple[list[Range], Future]:
-        """Ranges of nearly equal cost, heaviest first, made once for a mask and held by the workers until the next."""
-        if self._ranges is None or self._ranges[0] is not coordinates:
-            assert self._evaluator is not None
-            parts = [
-                (chunk.name, chunk.indices.numpy())
-                for chunk in chunks(self._evaluator, base, chosen, self.problem.memory)
-            ]
-            each = {name: total(self._evaluator.cost(base, name)).seconds(NOMINAL) for name in chosen}
-            costs = [len(indices) * each[name] for name, indices in parts]
-            groups = balanced(costs, RANGES)
-            groups.sort(key=lambda group: -sum(costs[i] for i in group))
-            ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
-            held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
-            self._ranges = coordinates, ranges, held
-        return self._ranges[1], self._ranges[2]
+    def _cut(self, evaluator: Evaluator, chosen: Mapping[str, Tensor], base: BasePass) -> tuple[list[Range], Future]:
+        """Ranges of nearly equal cost, heaviest first; they hold for a mask, and the workers hold them."""
+        memory = self.problem.memory
+        parts = [(chunk.name, chunk.indices.numpy()) for chunk in chunks(evaluator, base, chosen, memory)]
+        each = {name: total(evaluator.cost(base, name)).seconds(NOMINAL) for name in chosen}
+        costs = [len(indices) * each[name] for name, indices in parts]
+        groups = balanced(costs, RANGES)
+        groups.sort(key=lambda group: -sum(costs[i] for i in group))
+        ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
+        return ranges, self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
 
     def _collect(self, futures: Sequence[Future], ranges: Sequence[Range]) -> dict[str, Tensor]:
         found: dict[str, list[tuple[int, np.ndarray]]] = {}
