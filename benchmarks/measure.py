@@ -35,8 +35,8 @@ WHOLE_ENGINE, WHOLE_BASELINE = 60.0, 10.0
 """Seconds up to which an estimate is timed whole."""
 GROUPS = 4
 """Parts on which a baseline is timed that spends the same on every coordinate."""
-VMAP_GROUPS = 12
-"""Parts on which vmap is timed: it computes once what comes before the perturbed parameter."""
+VMAP_GROUPS, SLOW_VMAP_GROUPS = 12, 3
+"""Parts on which vmap is timed: it computes once what comes before the perturbed parameter. Fewer where it is slow."""
 CHECKED_GROUPS, CHECKED = 16, 2
 CHUNKS = (2, 8, 32)
 """Coordinates at once that vmap is tried with."""
@@ -148,7 +148,7 @@ def _baselines(
 ) -> tuple[list[Contender], tuple[str, ...]]:
     """The baselines that can run here, and notes on them."""
     uniform = by_group(coordinates, GROUPS, sample)
-    chunk, slopes = _best_vmap(problem, uniform[len(uniform) // 2].name, clock)
+    chunk, groups, slopes = _best_vmap(problem, uniform[len(uniform) // 2].name, clock)
     found = [
         Contender(
             "feature reuse",
@@ -157,7 +157,7 @@ def _baselines(
             by_parameter(coordinates, lambda _: sample),
         ),
         Contender("no reuse", baselines.no_reuse(problem, MU), coordinates, uniform),
-        Contender("vmap", slopes, coordinates, by_group(coordinates, VMAP_GROUPS, chunk)),
+        Contender("vmap", slopes, coordinates, by_group(coordinates, groups, chunk)),
     ]
     notes: tuple[str, ...] = (f"vmap: {chunk} coordinates at once",)
     try:
@@ -167,8 +167,8 @@ def _baselines(
     return found, notes
 
 
-def _best_vmap(problem: Problem, name: str, clock: Clock) -> tuple[int, Slopes]:
-    """The chunk size, of a few, with the least time per coordinate of one parameter."""
+def _best_vmap(problem: Problem, name: str, clock: Clock) -> tuple[int, int, Slopes]:
+    """The chunk size, of a few, with the least time per coordinate of one parameter, and how many parts to time."""
     numel = problem.module.get_parameter(name).numel()
     costs = {}
     for chunk in CHUNKS:
@@ -176,9 +176,13 @@ def _best_vmap(problem: Problem, name: str, clock: Clock) -> tuple[int, Slopes]:
         slopes = baselines.vmapped(problem, MU, chunk)
         started = clock()
         slopes({name: indices})
-        costs[chunk] = (clock() - started) / len(indices), slopes
+        spent = clock() - started
+        costs[chunk] = spent / len(indices), slopes
+        if spent > WHOLE_BASELINE:
+            break
     best = min(costs, key=lambda chunk: costs[chunk][0])
-    return best, costs[best][1]
+    slow = best * costs[best][0] > WHOLE_BASELINE / VMAP_GROUPS
+    return best, SLOW_VMAP_GROUPS if slow else VMAP_GROUPS, costs[best][1]
 
 
 def _sampled(parts: Sequence[Part]) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """How long an estimate takes, measured on the whole of it or on parts.
 
     whole     seconds of one call with every coordinate
-    sampled   t(nothing) + Σ_parts (t'(part) − t'(nothing))/|part| · coordinates the part stands for
+    sampled   t(nothing) + Σ_parts t₁(part) + t₂(part)·(coordinates the part stands for / |part| − 1)
 
-where t makes a base pass and t' has one.
+where t makes a base pass; t₁ and t₂, the time for nothing taken off, have one. t₁ is the first time, with all that a
+parameter needs once, t₂ the second; a contender without base passes of its own is timed once.
 
 Contenders take turns, so that whatever disturbs the machine disturbs them all.
 """
@@ -12,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,8 +63,11 @@ class Contender:
         total, prepared = _seconds(lambda: self.slopes(nothing), clock), self.prepared or self.slopes
         empty = _seconds(lambda: prepared(nothing), clock)
         for part in self.parts:
-            spent = _seconds(lambda part=part: prepared({part.name: part.indices}), clock) - empty
-            total += max(0.0, spent) / len(part.indices) * part.stands_for
+            run = partial(prepared, {part.name: part.indices})
+            first = again = max(0.0, _seconds(run, clock) - empty)
+            if self.prepared is not None:
+                again = max(0.0, _seconds(run, clock) - empty)
+            total += first + again * (part.stands_for / len(part.indices) - 1)
         return total
 
     def whole(self) -> "Contender":

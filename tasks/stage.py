@@ -118,13 +118,16 @@ def key(name: str, inputs: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+_SOURCES = {".py", ".cpp", ".h"}
+
+
 @functools.cache
 def code_digest() -> str:
     """Digest of the sources that results depend on: core, infra and tasks."""
     digest = hashlib.sha256()
     for package in (deepzero_core, infra, tasks):
         root = Path(package.__file__ or "").parent
-        for path in sorted(root.rglob("*.py")):
+        for path in sorted(path for path in root.rglob("*") if path.suffix in _SOURCES):
             digest.update(f"{root.name}/{path.relative_to(root)}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -155,13 +155,9 @@ def _eager(terms: Terms) -> Tensor:
     def channels(values: Tensor | None) -> Any:
         return 0 if values is None else values.reshape(values.shape[0], 1, -1, *[1] * (rank - 3))
 
-    total = terms.source
-    if terms.scale is not None:
-        total = (
-            torch.addcmul(channels(terms.shift), channels(terms.scale), total)
-            if terms.shift is not None
-            else (channels(terms.scale) * total)
-        )
+    total = terms.source if terms.scale is None else channels(terms.scale) * terms.source
+    if terms.shift is not None:
+        total = total + channels(terms.shift)
     if terms.rescale is not None and terms.values is not None:
         total = torch.addcmul(total, channels(terms.rescale), centred(terms.values, terms.mean, block, width))
     if terms.residual is not None:
