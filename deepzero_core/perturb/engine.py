@@ -102,8 +102,8 @@ class TracedEvaluator:
                     results = _bases(node.args, values)[0]
                 else:
                     assert callable(node.target)
-                    value = node.target(*_bases(node.args, values), **_bases(node.kwargs, values))
-                    values[node] = _laid_out(value) if node.target in _SPATIAL else value
+                    values[node] = node.target(*_bases(node.args, values), **_bases(node.kwargs, values))
+        _lay_out(values)
         return BasePass(*self._trace.unflatten(results), parameters, _Cache(values), state)
 
     def coordinates(self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32") -> Tensor:
@@ -192,6 +192,15 @@ def _operand_changes(argument: Any, live: dict[Node, Any]) -> Any:
     if isinstance(argument, (list, tuple)) and any(isinstance(item, Node) for item in argument):
         return [live.get(item) if isinstance(item, Node) else None for item in argument]
     return None
+
+
+def _lay_out(values: dict[Node, Any]) -> None:
+    """Lay values out as kernels read them; only now, since dropout draws its numbers in the order of memory."""
+    for node, value in values.items():
+        if node.target in _SPATIAL:
+            values[node] = _laid_out(value)
+        elif node.target is operator.getitem and cast(Node, node.args[0]).target in _SPATIAL:
+            values[node] = values[cast(Node, node.args[0])][node.args[1]]
 
 
 def _laid_out(value: Any) -> Any:

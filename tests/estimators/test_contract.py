@@ -298,7 +298,7 @@ BUDGETED: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "embedding": lambda: (
         nn.Sequential(nn.Embedding(300, 8), nn.Flatten(), nn.Linear(16, 3)), torch.randint(300, (4, 2)),
     ),
-    # Its weight takes the general path, which lays it out whole for every perturbation.
+    # Its weight spreads out one channel of the result for every perturbation.
     "transposed": lambda: (
         nn.Sequential(nn.ConvTranspose2d(8, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(2, 8, 2, 2),
     ),
@@ -309,7 +309,7 @@ BUDGETED: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 def test_memory_budget_bounds_every_tensor(name: str) -> None:
     torch.manual_seed(0)
     module, inputs = BUDGETED[name]()
-    targets, memory = torch.randint(3, (len(inputs),)), 1 << 18
+    targets, memory = torch.randint(3, (len(inputs),)), 1 << 17
     evaluator = prepare(module, inputs, targets, F.cross_entropy)
     whole = sum(parameter.numel() for parameter in module.parameters())
     with Largest() as largest:
