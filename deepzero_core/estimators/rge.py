@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from deepzero_core.estimators.cge import queries as spent
 from deepzero_core.perturb.estimate import GradientEstimate, check_arguments, check_queries
 from deepzero_core.perturb.objective import LossFn, RandomState, objective, preserved_random_state, state_of
 from deepzero_core.perturb.reference import gaussian, seeds
@@ -111,8 +112,7 @@ def rge(
         weights = change / (2 * mu if difference == "central" else mu) / queries
         for name, u in directions.items():
             gradients[name] += torch.tensordot(weights.to(u), u, 1)
-    spent = 1 + queries * (2 if difference == "central" else 1)
-    return GradientEstimate(gradients, spent, base.loss.item(), base.outputs, base.buffers)
+    return GradientEstimate(gradients, spent(queries, difference), base.loss.item(), base.outputs, base.buffers)
 
 
 def _have_moved(state: RandomState) -> bool:

@@ -7,7 +7,6 @@
 Nothing cancels: where signs and arg-max stay, Δ is e itself. Rules extend an open chain; reading `delta` closes it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,9 +16,7 @@ from torch import Tensor
 
 from deepzero_core.perturb.changes import Block, Change, dense, take
 from deepzero_core.perturb.native import kernels
-
-Window = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
-"""Kernel, stride, padding, dilation and size of the result, per axis of space."""
+from deepzero_core.perturb.native.kernels import Window
 
 
 @dataclass(frozen=True)
@@ -106,9 +103,9 @@ def pooled(change: Change, base: Tensor, window: Window) -> Change | None:
     return Change(_native(terms, window), terms.block)
 
 
-def base_layout(base: Tensor, like: Tensor) -> Tensor:
+def base_layout(base: Tensor) -> Tensor:
     """Base values [B, …] laid out in memory as what changes them is best read."""
-    return kernels.batch_last(base, 0) if kernels.suits(like) else base
+    return kernels.batch_last(base, 0) if kernels.suits(base.unsqueeze(0)) else base
 
 
 def centred(values: Tensor, mean: Tensor | None, block: Block | None, width: int) -> Tensor:

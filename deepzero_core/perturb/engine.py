@@ -206,7 +206,7 @@ def _lay_out(values: dict[Node, Any]) -> None:
 def _laid_out(value: Any) -> Any:
     if isinstance(value, tuple):
         return (_laid_out(value[0]), *value[1:])
-    return base_layout(value, value.unsqueeze(0)) if value.ndim == 4 else value
+    return base_layout(value) if value.ndim == 4 else value
 
 
 def _last_uses(nodes: tuple[Node, ...]) -> dict[Node, list[Node]]:

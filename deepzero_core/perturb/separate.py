@@ -1,7 +1,7 @@
 """One forward pass per perturbation: for modules that cannot be traced."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class SeparateEvaluator:
     module: nn.Module
     situation: Situation
     untraced: str | None = None
+    _pass: dict[str, Cost] = field(default_factory=dict, compare=False, repr=False)
 
     def base(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
@@ -56,9 +57,13 @@ class SeparateEvaluator:
         return base.parameters[name].numel()
 
     def cost(self, base: BasePass, name: str) -> dict[str, Cost]:
-        """A whole forward pass: "dense" from its first operator on. Its operations are those that torch knows of."""
-        batch: _Batch = base.cache
-        with torch.no_grad(), preserved_random_state(), FlopCounterMode(display=False) as counter:
-            base.random_state.restore()
-            objective(self.module, base.parameters, batch.buffers, batch.inputs, batch.targets, self.situation.loss_fn)
-        return {"dense": Cost(float(counter.get_total_flops()))}
+        """A whole forward pass, "dense" throughout: the operations that torch knows of, counted in a single pass."""
+        if not self._pass:
+            batch: _Batch = base.cache
+            with torch.no_grad(), preserved_random_state(), FlopCounterMode(display=False) as counter:
+                base.random_state.restore()
+                objective(
+                    self.module, base.parameters, batch.buffers, batch.inputs, batch.targets, self.situation.loss_fn
+                )
+            self._pass["dense"] = Cost(float(counter.get_total_flops()))
+        return dict(self._pass)

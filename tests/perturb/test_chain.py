@@ -102,9 +102,10 @@ def test_pooling_of_every_combination(window: str, slope: float | None) -> None:
     if build().library is None:
         pytest.skip(build().reason)
     kernel, stride, padding, dilation, ceil = WINDOWS[window]
-    pool: Callable[[Tensor], Tensor] = lambda y: torch.stack(  # noqa: E731
-        [F.max_pool2d(one, kernel, stride, padding, dilation, ceil) for one in y]
-    )
+
+    def pool(y: Tensor) -> Tensor:
+        return torch.stack([F.max_pool2d(one, kernel, stride, padding, dilation, ceil) for one in y])
+
     for present, block in product(COMBINATIONS, [True, False]):
         given = terms(present, batch=18, block=block)
         base = torch.randn(18, CHANNELS, 5, 7)
@@ -164,7 +165,10 @@ def test_nothing_cancels() -> None:
     found = pooled(rectified(Chain(small), base), base.relu(), ((2, 2), (2, 2), (0, 0), (1, 1), torch.Size([2, 2])))
     assert found is not None
     y = seen(base, small).expand(COUNT, *[-1] * 4)
-    pool = lambda y: F.max_pool2d(y.flatten(0, 1).relu(), 2).unflatten(0, y.shape[:2])  # noqa: E731
+
+    def pool(y: Tensor) -> Tensor:
+        return F.max_pool2d(y.flatten(0, 1).relu(), 2).unflatten(0, y.shape[:2])
+
     exact = pool(y + plain(small)) - pool(y)
     torch.testing.assert_close(found.delta.double(), exact, rtol=1e-5, atol=1e-13)
 

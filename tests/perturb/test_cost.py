@@ -131,6 +131,25 @@ def test_separate_passes_cost_a_whole_pass_each() -> None:
     assert evaluator.cost(base, "linear.weight")["dense"].flops == 2 * BATCH * 6 * 5
 
 
+def test_separate_passes_are_counted_in_one_pass_for_good() -> None:
+    class Counted(BranchOnValues):
+        passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            return super().forward(x)
+
+    module, inputs, targets = Counted(), torch.randn(BATCH, 6), torch.randint(5, (BATCH,))
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        evaluator = prepare(module, inputs, targets, F.cross_entropy)
+    passes = []
+    for _ in range(2):
+        module.passes = 0
+        spent = cge(module, inputs, targets, F.cross_entropy, evaluator=evaluator).queries
+        passes.append(module.passes - spent)
+    assert passes == [1, 0]
+
+
 # Memory
 
 

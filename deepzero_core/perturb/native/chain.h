@@ -7,7 +7,7 @@
 #include "convolution.h"
 
 struct Chain {
-  Index channels, base_channels, length, batch;  // length: positions in space
+  Index channels, length, batch;  // length: positions in space
   const float *delta, *values, *residual, *base;
   const float *a, *c, *d;  // [P, channels]; null: 1, 0, 0
   const float* mean;       // of each base channel; null: 0
@@ -53,12 +53,11 @@ static void elementwise(const Chain& k, Index count, int threads) {
   const Index length = k.length * k.batch;
   over_channels(k, count, threads, [&](Index channel, Index base_channel, const Coefficients& with) {
     const Index from = channel * length, base = base_channel * length;
-    for (Index at = 0; at < length;) {
+    over_run(length, [&](Index at) {
       Vector e = moved<CENTRED, RESIDUAL>(k, from + at, base + at, with);
       if constexpr (RECTIFIED) e = rectified(e, load(k.base + base + at), k.slope);
       store(k.out + from + at, e);
-      at = at + LANES < length && at + 2 * LANES > length ? length - LANES : at + LANES;
-    }
+    });
   });
 }
 
@@ -73,7 +72,7 @@ static void pooled(const Chain& k, const Shape& s, Index count, int threads) {
           return ((oh * s.stride_h - s.pad_h + kh * s.dilation_h) * s.width + ow * s.stride_w - s.pad_w +
                   kw * s.dilation_w) * s.batch;
         };
-        const auto lanes = [&](Index at) {
+        over_run(k.batch, [&](Index at) {
           const float* base = k.base + base_channel * k.length * k.batch + at;
           Vector most = load(base + place(v.first, h.first));
           for (Index kh = v.first; kh < v.last; kh++)
@@ -88,9 +87,7 @@ static void pooled(const Chain& k, const Shape& s, Index count, int threads) {
             }
           if constexpr (RECTIFIED) best = rectified(best, most, k.slope);
           store(k.out + ((channel * s.out_height + oh) * s.out_width + ow) * k.batch + at, best);
-        };
-        for (Index at = 0; at + LANES <= k.batch; at += LANES) lanes(at);
-        if (k.batch % LANES) lanes(k.batch - LANES);
+        });
       }
     }
   });

@@ -73,9 +73,8 @@ static void pair_channels(const float* x, Index count, Index channels, Index len
       const float* low = x + (p * channels + 2 * pair) * length;
       const float* high = 2 * pair + 1 < channels ? low + length : nullptr;
       float* to = out + (p * pairs + pair) * length;
-      for (Index at = 0; at < length;) {
+      over_run(length, [&](Index at) {
         store(to + at, BFloat16::pack(load(low + at), high ? load(high + at) : Vector{}));
-        at = at + LANES < length && at + 2 * LANES > length ? length - LANES : at + LANES;
-      }
+      });
     }
 }

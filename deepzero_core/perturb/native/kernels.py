@@ -20,6 +20,8 @@ from torch import Tensor
 from deepzero_core.perturb.native.build import library
 
 _Floats = ctypes.c_void_p
+Window = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
+"""Kernel, stride, padding, dilation and size of the result, per axis of space."""
 
 
 class _Shape(ctypes.Structure):
@@ -34,7 +36,7 @@ class _Shape(ctypes.Structure):
 
 class _Chain(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("channels", "base_channels", "length", "batch")],
+        *[(name, ctypes.c_int64) for name in ("channels", "length", "batch")],
         *[(name, _Floats) for name in ("delta", "values", "residual", "base", "a", "c", "d", "mean", "start")],
         ("slope", ctypes.c_float),
         ("out", _Floats),
@@ -77,6 +79,12 @@ def _empty(delta: Tensor, channels: int, space: Sequence[int]) -> Tensor:
 def _two(values: Sequence[int], missing: int) -> list[int]:
     """One- and two-dimensional space alike: a missing height in front."""
     return [missing] * (2 - len(values)) + list(values)
+
+
+def _shape(channels: int, outputs: int, space: Sequence[int], window: Window, batch: int) -> _Shape:
+    kernel, stride, padding, dilation, out_space = window
+    taps = (*_two(kernel, 1), *_two(stride, 1), *_two(padding, 0), *_two(dilation, 1))
+    return _Shape(channels, outputs, *_two(space, 1), *_two(out_space, 1), *taps, batch)
 
 
 def _address(value: Tensor | None) -> int | None:
@@ -136,10 +144,7 @@ def convolve(
     delta = batch_last(delta)
     count, batch, channels, *space = delta.shape
     outputs = weight.shape[-1]
-    shape = _Shape(
-        channels, outputs, *_two(space, 1), *_two(out_space, 1), *_two(kernel, 1), *_two(stride, 1), *_two(padding, 0),
-        *_two(dilation, 1), batch,
-    )  # fmt: skip
+    shape = _shape(channels, outputs, space, (kernel, stride, padding, dilation, out_space), batch)
     out = _empty(delta, outputs, out_space)
     threads = torch.get_num_threads()
     if winograd:
@@ -200,7 +205,7 @@ def chain(
     base: Tensor | None,
     slope: float | None,
     start: Sequence[int] | None,
-    pool: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int]] | None = None,
+    pool: Window | None = None,
 ) -> Tensor:
     """scale·δ + shift + rescale·(values − mean) + residual, then the rectifier's difference and max-pooling's.
 
@@ -209,7 +214,7 @@ def chain(
     values, base:          [B, channels, *space], batch-last; read from channel start[p], as is mean [channels]. `base`
                            is what the rectifier, or the pooling where there is none, has as its operand.
     slope:                 of the rectifier for negative values; None: no rectifier
-    pool:                  (kernel, stride, padding, dilation, out_space)
+    pool:                  of the max-pooling; None: none
     """
     kernels = library()
     assert kernels is not None
@@ -225,9 +230,7 @@ def chain(
     )  # fmt: skip
     shape = None
     if pool:
-        kernel, stride, padding, dilation, out_space = pool
-        window = (*_two(kernel, 1), *_two(stride, 1), *_two(padding, 0), *_two(dilation, 1))
-        shape = ctypes.byref(_Shape(channels, channels, *_two(space, 1), *_two(out_space, 1), *window, batch))
+        shape = ctypes.byref(_shape(channels, channels, space, pool, batch))
     kernels.deepzero_chain(
         ctypes.byref(work), shape, int(slope is not None), ctypes.c_int64(count), torch.get_num_threads()
     )

@@ -64,6 +64,13 @@ static inline void over_batch(Index batch, Tile tile) {
   }
 }
 
+// Calls `vector` with the place of every vector that covers a run of length >= LANES.
+template <class Vectors>
+static inline void over_run(Index length, Vectors vector) {
+  for (Index at = 0; at + LANES <= length; at += LANES) vector(at);
+  if (length % LANES) vector(length - LANES);
+}
+
 // Calls `block` with (width, first row): `count` rows in nearly equal blocks of at most ROWS.
 template <class Block>
 static inline void over_rows(Index count, Block block) {

@@ -21,5 +21,5 @@ def relu(call: Call) -> Result:
     if change is None:
         return None
     slope = float(call.argument(1, 0.01)) if call.target is aten.leaky_relu.default else 0.0
-    base = call.once("base", lambda: base_layout(call.args[0], call.args[0].unsqueeze(0)))
+    base = call.once("base", lambda: base_layout(call.args[0]))
     return rectified(change, base, slope)

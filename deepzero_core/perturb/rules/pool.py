@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.chain import Window, base_layout, pooled
+from deepzero_core.perturb.chain import base_layout, pooled
 from deepzero_core.perturb.changes import Change, Replaced, dense, take
+from deepzero_core.perturb.native.kernels import Window
 from deepzero_core.perturb.rules.registry import Call, Result, only_change, over_perturbations, rule
 
 aten = torch.ops.aten
@@ -58,7 +59,7 @@ def max_pool2d(call: Call) -> Result:
         return None
     inputs = call.args[0]
     if 1 not in call.read and inputs.ndim == 4:
-        base = call.once("base", lambda: base_layout(inputs, inputs.unsqueeze(0)))
+        base = call.once("base", lambda: base_layout(inputs))
         found = pooled(change, base, _window(call))
         if found is not None:
             return found, None

@@ -11,6 +11,9 @@ At infinities, at zeros of the root, for large steps of an exponential and for |
 logarithm or of a real power the difference of values is taken.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,69 +35,66 @@ def _operands(call: Call) -> tuple[Change, Tensor, Tensor] | None:
     return change, take(call.args[0], change.block, width), take(call.output, change.block, width)
 
 
-@rule(aten.exp.default, aten.expm1.default)
-def exponential(call: Call) -> Result:
-    found = _operands(call)
-    if found is None or not within(found[0].delta, LARGEST_EXPONENT):
-        return pointwise(call)
-    change, _, result = found
+Formula = Callable[[Call, Change, Tensor, Tensor], Tensor | None]
+
+
+def _formula(*targets: Any) -> Callable[[Formula], Formula]:
+    """Register a function of (call, change, y, z) as a rule; the difference of values where it gives None."""
+
+    def register(formula: Formula) -> Formula:
+        @rule(*targets)
+        def answer(call: Call) -> Result:
+            found = _operands(call)
+            moved = None if found is None else formula(call, *found)
+            return pointwise(call) if found is None or moved is None else Change(moved, found[0].block)
+
+        return formula
+
+    return register
+
+
+@_formula(aten.exp.default, aten.expm1.default)
+def exponential(call: Call, change: Change, base: Tensor, result: Tensor) -> Tensor | None:
+    if not within(change.delta, LARGEST_EXPONENT):
+        return None
     if call.target is aten.expm1.default:
         result = call.on_block(change, "exp", call.args[0].exp)
-    return Change(result * change.delta.expm1(), change.block)
+    return result * change.delta.expm1()
 
 
-@rule(aten.log.default, aten.log1p.default)
-def logarithm(call: Call) -> Result:
-    found = _operands(call)
-    if found is None:
-        return pointwise(call)
-    change, base, _ = found
+@_formula(aten.log.default, aten.log1p.default)
+def logarithm(call: Call, change: Change, base: Tensor, result: Tensor) -> Tensor | None:
     growth = change.delta / (1 + base if call.target is aten.log1p.default else base)
-    return Change(growth.log1p_(), change.block) if within(growth, 0.5) else pointwise(call)
+    return growth.log1p_() if within(growth, 0.5) else None
 
 
-@rule(aten.sqrt.default)
-def square_root(call: Call) -> Result:
-    found = _operands(call)
-    if found is None or not call.once("positive", lambda: bool((call.output > 0).all())):
-        return pointwise(call)
-    change, base, result = found
-    return Change(change.delta / ((base + change.delta).sqrt_() + result), change.block)
+@_formula(aten.sqrt.default)
+def square_root(call: Call, change: Change, base: Tensor, result: Tensor) -> Tensor | None:
+    if not call.once("positive", lambda: bool((call.output > 0).all())):
+        return None
+    return change.delta / ((base + change.delta).sqrt_() + result)
 
 
-@rule(aten.rsqrt.default)
-def reciprocal_root(call: Call) -> Result:
-    found = _operands(call)
-    if found is None:
-        return pointwise(call)
-    change, base, result = found
+@_formula(aten.rsqrt.default)
+def reciprocal_root(call: Call, change: Change, base: Tensor, result: Tensor) -> Tensor:
     moved = (base + change.delta).rsqrt_()
-    return Change(-change.delta * result.square() * moved / (1 + result / moved), change.block)
+    return -change.delta * result.square() * moved / (1 + result / moved)
 
 
-@rule(aten.reciprocal.default)
-def reciprocal(call: Call) -> Result:
-    found = _operands(call)
-    if found is None:
-        return pointwise(call)
-    change, base, result = found
-    return Change(-change.delta * result / (base + change.delta), change.block)
+@_formula(aten.reciprocal.default)
+def reciprocal(call: Call, change: Change, base: Tensor, result: Tensor) -> Tensor:
+    return -change.delta * result / (base + change.delta)
 
 
-@rule(aten.pow.Tensor_Scalar)
-def power(call: Call) -> Result:
-    found = _operands(call)
-    if found is None:
-        return pointwise(call)
-    change, base, result = found
+@_formula(aten.pow.Tensor_Scalar)
+def power(call: Call, change: Change, base: Tensor, result: Tensor) -> Tensor | None:
     exponent, delta = call.args[1], change.delta
     if exponent in (2, 3, 4):
         moved = base + delta
-        total = (base + moved) * delta if exponent == 2 else delta * (base.square() + moved * (base + moved))
-        if exponent == 4:
-            total = (base + moved) * delta * (base.square() + moved.square())
-        return Change(total, change.block)
+        if exponent == 2:
+            return (base + moved) * delta
+        if exponent == 3:
+            return delta * (base.square() + moved * (base + moved))
+        return (base + moved) * delta * (base.square() + moved.square())
     growth = delta / base
-    if not within(growth, 0.5):
-        return pointwise(call)
-    return Change(result * (exponent * growth.log1p_()).expm1_(), change.block)
+    return result * (exponent * growth.log1p_()).expm1_() if within(growth, 0.5) else None
