@@ -142,7 +142,7 @@ def check_kernels() -> list[Check]:
         "warnings.simplefilter('ignore')\n"
         "from deepzero_core.perturb.machine import measured\n"
         "from deepzero_core.perturb.native.build import build\n"
-        "from deepzero_core.perturb.native.kernels import has_bfloat16\n"
+        "from deepzero_core.perturb.native.program import has_bfloat16\n"
         "built, machine = build(), measured()\n"
         "print(json.dumps({'used': built.library is not None, 'broken': built.broken, 'reason': built.reason,\n"
         "    'bfloat16': has_bfloat16(), 'threads': machine.threads, 'flops': machine.flops,\n"

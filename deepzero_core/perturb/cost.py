@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.chain import Chain
 from deepzero_core.perturb.changes import Change, OneHot
 from deepzero_core.perturb.machine import Machine
 from deepzero_core.perturb.rules.registry import Call
@@ -64,11 +63,9 @@ def work(call: Call, result: Any) -> Cost:
         return Cost()
     elements = prod(_shape(first, call))
     operands = [call.change(position) for position in call.changed()]
-    read = sum(_elements(change) for change in operands if isinstance(change, Change))
-    # An open chain that is not rectified yet is written only when it is closed.
-    written = 0 if isinstance(first, Chain) and first.terms is not None and first.terms.slope is None else elements
+    read = sum(change.delta.numel() for change in operands if isinstance(change, Change))
     size = _output(call).element_size()
-    return Cost(float(elements * _operations(call)), float(size * (read + written)))
+    return Cost(float(elements * _operations(call)), float(size * (read + elements)))
 
 
 def _operations(call: Call) -> int:
@@ -109,10 +106,3 @@ def _shape(change: Change, call: Call) -> list[int]:
     if change.block is not None:
         shape[1 + change.block.dim] = change.width
     return shape
-
-
-def _elements(change: Change) -> int:
-    if isinstance(change, Chain) and change.terms is not None:
-        residual = change.terms.residual
-        return change.terms.source.numel() + (0 if residual is None else residual.numel())
-    return change.delta.numel()

@@ -14,27 +14,19 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from deepzero_core.perturb.chain import Chain, base_layout
 from deepzero_core.perturb.changes import Change, OneHot, dense, take
 from deepzero_core.perturb.cost import Cost, stretch, work
 from deepzero_core.perturb.evaluator import BasePass, Chunk, Situation
 from deepzero_core.perturb.objective import RandomState
+from deepzero_core.perturb.regions import Entry, Region, entry_of, plan
 from deepzero_core.perturb.rules import Call, general
 from deepzero_core.perturb.rules.elementwise import rule_for
 from deepzero_core.perturb.rules.general import operand_bytes
 from deepzero_core.perturb.trace import Trace
 
 _MAX_CHUNK = 4096
-aten = torch.ops.aten
-_SPATIAL = {
-    aten.convolution.default,
-    aten.native_batch_norm.default,
-    aten.relu.default,
-    aten.leaky_relu.default,
-    aten.max_pool2d_with_indices.default,
-    aten.add.Tensor,
-}
-"""Operators of which kernels read results [B, C, H, W]: kept as they read them, instead of twice."""
+_CHUNK_FLOPS = 20e9
+"""Operations of a region in one call of the kernels: tenths of a second, in which no signal is handled."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +40,10 @@ class _Cache:
     """By node: see `Call.once`."""
     own: dict[str, dict[Node, dict[str, Any]]] = field(default_factory=dict)
     """Of the parameter that is perturbed at present, by node: see `Call.once_for_parameter`."""
+    regions: dict[tuple[str, Entry, bool], Region | None] = field(default_factory=dict)
+    """By parameter, entry, and whether products are rounded to bfloat16."""
+    packed: dict[Any, Tensor] = field(default_factory=dict)
+    """What the kernels read, for all regions."""
 
     def of(self, node: Node) -> tuple[Any, Any]:
         if node not in self.arguments:
@@ -66,11 +62,20 @@ class _Probe:
 
     peak: int = 0
     costs: dict[str, Cost] = field(default_factory=dict)
+    region_flops: float = 0.0
 
     def see(self, call: Call, change: Any, live: Mapping[Node, Any], passing: int) -> None:
-        where = stretch(call, change)
-        self.costs[where] = self.costs.get(where, Cost()) + work(call, change)
+        self._spend(stretch(call, change), work(call, change))
         self.peak = max(self.peak, passing + _bytes(change) + sum(_bytes(held) for held in live.values()))
+
+    def see_region(self, region: Region, live: Mapping[Node, Any]) -> None:
+        for where, cost in region.costs.items():
+            self._spend(where, cost)
+            self.region_flops += cost.flops
+        self.peak = max(self.peak, region.bytes + sum(_bytes(held) for held in live.values()))
+
+    def _spend(self, where: str, cost: Cost) -> None:
+        self.costs[where] = self.costs.get(where, Cost()) + cost
 
 
 class TracedEvaluator:
@@ -103,7 +108,6 @@ class TracedEvaluator:
                 else:
                     assert callable(node.target)
                     values[node] = node.target(*_bases(node.args, values), **_bases(node.kwargs, values))
-        _lay_out(values)
         return BasePass(*self._trace.unflatten(results), parameters, _Cache(values), state)
 
     def coordinates(self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32") -> Tensor:
@@ -111,7 +115,9 @@ class TracedEvaluator:
 
     def chunk_size(self, base: BasePass, name: str, memory: int) -> int:
         """From the peak of one perturbation's own walk; measured once, in bytes, so that it is the same everywhere."""
-        return max(1, min(_MAX_CHUNK, memory // max(1, self._probe(base, name).peak)))
+        probe = self._probe(base, name)
+        sizes = [memory // max(1, probe.peak), int(_CHUNK_FLOPS / max(1.0, probe.region_flops)), _MAX_CHUNK]
+        return max(1, min(sizes))
 
     def cost(self, base: BasePass, name: str) -> dict[str, Cost]:
         return dict(self._probe(base, name).costs)
@@ -133,15 +139,36 @@ class TracedEvaluator:
         last_use = self._last_use[chunk.name]
         source = OneHot(chunk.indices, base.parameters[chunk.name].new_full([count], step))
         live: dict[Node, Any] = {trace.parameters[chunk.name]: source}
+        done: set[Node] = set()
         with torch.no_grad():
             for node in trace.reads[chunk.name]:
-                live[node] = self._change_of(node, base.cache, live, chunk, precision, probe)
-                if precision == "value":
-                    live[node] = _as_values(live[node], base.cache.values[node])
+                if node not in done:
+                    region = self._region(node, base.cache, live, chunk.name, precision)
+                    if region is None:
+                        change = self._change_of(node, base.cache, live, chunk, precision, probe)
+                        live[node] = _as_values(change, base.cache.values[node]) if precision == "value" else change
+                    else:
+                        if probe is not None:
+                            probe.see_region(region, live)
+                        live |= region.run(live[region.entry.operand])
+                        done |= region.nodes
                 for used in last_use.get(node, ()):
                     live.pop(used, None)
-        change = live.get(trace.loss)
-        return base.loss.new_zeros(count) if change is None else dense(change, base.loss.shape)
+        found = live.get(trace.loss)
+        return base.loss.new_zeros(count) if found is None else dense(found, base.loss.shape)
+
+    def _region(self, node: Node, base: _Cache, live: dict[Node, Any], name: str, precision: str) -> Region | None:
+        """The region that begins at this node, if one does."""
+        entry = entry_of(node, live) if precision != "value" else None
+        if entry is None:
+            return None
+        key = name, entry, precision == "bfloat16"
+        if key not in base.regions:
+            changed = (self._trace.parameters[name], *self._trace.reads[name])
+            base.regions[key] = plan(
+                entry, changed, self._trace.needed, self._results_read, base.values, base.packed, key[-1]
+            )
+        return base.regions[key]
 
     def _change_of(
         self, node: Node, base: _Cache, live: dict[Node, Any], chunk: Chunk, precision: str, probe: _Probe | None
@@ -194,21 +221,6 @@ def _operand_changes(argument: Any, live: dict[Node, Any]) -> Any:
     return None
 
 
-def _lay_out(values: dict[Node, Any]) -> None:
-    """Lay values out as kernels read them; only now, since dropout draws its numbers in the order of memory."""
-    for node, value in values.items():
-        if node.target in _SPATIAL:
-            values[node] = _laid_out(value)
-        elif node.target is operator.getitem and cast(Node, node.args[0]).target in _SPATIAL:
-            values[node] = values[cast(Node, node.args[0])][node.args[1]]
-
-
-def _laid_out(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return (_laid_out(value[0]), *value[1:])
-    return base_layout(value) if value.ndim == 4 else value
-
-
 def _last_uses(nodes: tuple[Node, ...]) -> dict[Node, list[Node]]:
     """After which node which values are read no more."""
     last: dict[Node, Node] = {}
@@ -224,8 +236,6 @@ def _last_uses(nodes: tuple[Node, ...]) -> dict[Node, list[Node]]:
 def _bytes(change: Any) -> int:
     if isinstance(change, tuple):
         return sum(_bytes(part) for part in change)
-    if isinstance(change, Chain) and change.terms is not None:
-        return sum(_size(part) for part in (change.terms.source, change.terms.residual))
     return _size(getattr(change, "delta", getattr(change, "value", None)))
 
 

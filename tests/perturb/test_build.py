@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deepzero_core import cge, reference
-from deepzero_core.perturb.native import kernels
+from deepzero_core.perturb.native import program
 from deepzero_core.perturb.native.build import SWITCH, build, library
 
 COMPILER = build().library is not None
@@ -45,7 +45,7 @@ def assert_works() -> None:
 def test_without_a_compiler_torch_does_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(cache))
     assert (build().reason, build().broken) == ("no C++ compiler was found", False)
-    assert not kernels.has_bfloat16()
+    assert not program.has_bfloat16()
     assert_works()
     assert not cache.exists(), "nothing is created for nothing"
 

@@ -1,6 +1,7 @@
-// What Python calls: see kernels.py for the shapes.
-#include "chain.h"
-#include "winograd.h"
+// What Python calls: see program.py.
+#include <omp.h>
+
+#include "program.h"
 
 extern "C" {
 
@@ -14,29 +15,14 @@ int has_bfloat16() {
 #endif
 }
 
-void deepzero_convolve(const Shape* shape, const float* x, const float* weight, const Index* start, Index count,
-                       float* out, int threads) {
-  convolve<Float32>(*shape, x, weight, start, count, out, threads);
+// Floats of scratch that a thread needs for a convolution.
+Index deepzero_scratch(const Shape* shape, int winograd) {
+  return winograd ? winograd_scratch(*shape) : 2 * VECTORS * shape->kernel_height * shape->kernel_width;
 }
 
-void deepzero_winograd(const Shape* shape, const float* x, const float* u, Index count, float* out, int threads) {
-  winograd(*shape, x, u, count, out, threads);
+void deepzero_run(const Program* program, const Moved* moved, const float* steps, Index count, Index group, float* local,
+                  float* shared, float** external, int threads) {
+  Run run{*program, moved, steps, group, local, shared, external, {}, {}};
+  execute(run, count, threads);
 }
-
-#if defined(__AVX512BF16__)
-void deepzero_pair_channels(const float* x, Index count, Index channels, Index length, float* out, int threads) {
-  pair_channels(x, count, channels, length, out, threads);
-}
-
-void deepzero_convolve_bfloat16(const Shape* shape, const float* x, const float* weight, const Index* start,
-                                Index count, float* out, int threads) {
-  convolve<BFloat16>(*shape, x, weight, start, count, out, threads);
-}
-#endif
-
-void deepzero_chain(const Chain* chain, const Shape* pool, int rectify, Index count, int threads) {
-  evaluate(*chain, pool, rectify, count, threads);
-}
-
-void deepzero_moments(const Chain* chain, Index count, int threads) { moments(*chain, count, threads); }
 }

@@ -1,20 +1,16 @@
-// Vectors over the batch, and the two multiply-adds that products are made of.
-//
-// Tensors are "batch-last": the examples of the batch are the innermost axis, so that every operator, whatever its
-// channels and windows, is the same arithmetic on whole vectors. A batch of B >= LANES examples is covered by full
-// vectors; the last one overlaps its neighbour and computes the same values again.
+// Vectors over examples of the batch, and the two multiply-adds that products are made of.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <type_traits>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
 using Index = int64_t;
 
-// A tile of ROWS output channels by VECTORS vectors is accumulated in registers.
+// A tile of ROWS output channels by VECTORS positions is accumulated in registers.
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 6, VECTORS = 4;
 #elif defined(__AVX2__)
@@ -25,7 +21,6 @@ constexpr int LANES = 4, ROWS = 4, VECTORS = 4;
 
 typedef float Vector __attribute__((vector_size(LANES * 4)));
 typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
-typedef int32_t Bits __attribute__((vector_size(LANES * 4)));
 
 static inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 static inline void store(float* to, Vector value) { *reinterpret_cast<Unaligned*>(to) = value; }
@@ -34,42 +29,27 @@ static inline Vector all(float value) { return Vector{} + value; }
 static inline Vector at_least(Vector value, Vector floor) { return value < floor ? floor : value; }
 static inline Vector larger(Vector best, Vector next) { return (next > best) | (next != next) ? next : best; }
 
-// One input channel per step: sum += w * x.
+// One input channel per word: sum += w * x.
 struct Float32 {
+  static constexpr int CHANNELS = 1;
   static Vector add(Vector sum, float weight, Vector x) { return sum + weight * x; }
 };
 
-// Two input channels per step, as bfloat16 in the halves of a 32-bit lane: sum += w0 * x0 + w1 * x1 in float32.
-struct BFloat16 {
 #if defined(__AVX512BF16__)
+// Two input channels per word, as bfloat16 in the halves of a 32-bit lane: sum += w0 * x0 + w1 * x1 in float32.
+struct BFloat16 {
+  static constexpr int CHANNELS = 2;
   static Vector add(Vector sum, float weight, Vector x) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)all(weight), (__m512bh)x);
   }
-#endif
-  static Bits rounded(Vector x) {  // to nearest even
-    Bits bits = (Bits)x;
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  static Vector pack(Vector low, Vector high) {  // both rounded to nearest even, lanes interleaved
+    alignas(64) static const int16_t INTERLEAVE[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    return (Vector)_mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVE), both);
   }
-  static Vector pack(Vector low, Vector high) { return (Vector)((rounded(low) & 0xffff) | (rounded(high) << 16)); }
 };
-
-// Calls `tile` with (number of vectors, first example) until the batch is covered.
-template <class Tile>
-static inline void over_batch(Index batch, Tile tile) {
-  for (Index at = 0; at < batch;) {
-    Index vectors = std::min<Index>(VECTORS, (batch - at) / LANES);
-    if (vectors == 0) return tile(Index(1), batch - LANES);
-    tile(vectors, at);
-    at += vectors * LANES;
-  }
-}
-
-// Calls `vector` with the place of every vector that covers a run of length >= LANES.
-template <class Vectors>
-static inline void over_run(Index length, Vectors vector) {
-  for (Index at = 0; at + LANES <= length; at += LANES) vector(at);
-  if (length % LANES) vector(length - LANES);
-}
+#endif
 
 // Calls `block` with (width, first row): `count` rows in nearly equal blocks of at most ROWS.
 template <class Block>
@@ -81,11 +61,11 @@ static inline void over_rows(Index count, Block block) {
   }
 }
 
-// The compile-time equivalents of a tile's run-time size.
-template <int LIMIT, class Function>
+// Calls `function` with the compile-time equivalent of a value in FIRST … LAST.
+template <int FIRST, int LAST, class Function>
 static inline void with_constant(Index value, Function function) {
-  if constexpr (LIMIT > 1) {
-    if (value < LIMIT) return with_constant<LIMIT - 1>(value, function);
+  if constexpr (FIRST < LAST) {
+    if (value < LAST) return with_constant<FIRST, LAST - 1>(value, function);
   }
-  function(std::integral_constant<int, LIMIT>{});
+  function(std::integral_constant<int, LAST>{});
 }

@@ -5,23 +5,26 @@
 // The polynomials are taken at 0, +-3/4, +-3/2 and infinity, whose rounding is half that of the usual 0, +-1, +-2. It is
 // relative to the values that are given: to differences, not to what they are differences of.
 #pragma once
-#include "convolution.h"
+#include "slices.h"
 
 constexpr int TILE = 4, PATCH = 6, POINTS = PATCH * PATCH;
 constexpr float A = 0.75f, B = 1.5f, A2 = A * A, B2 = B * B, A3 = A * A2, B3 = B * B2;
 
-alignas(64) static const float ZEROS[LANES] = {};
-
-// B^T of six values `step` apart
-static inline void to_points(const Vector* d, int step, Vector* t) {
-  const Vector even_a = d[4 * step] - B2 * d[2 * step], odd_a = A * (d[3 * step] - B2 * d[step]);
-  const Vector even_b = d[4 * step] - A2 * d[2 * step], odd_b = B * (d[3 * step] - A2 * d[step]);
-  t[0] = A2 * B2 * d[0] - (A2 + B2) * d[2 * step] + d[4 * step];
-  t[1] = even_a + odd_a;
-  t[2] = even_a - odd_a;
-  t[3] = even_b + odd_b;
-  t[4] = even_b - odd_b;
-  t[5] = A2 * B2 * d[step] - (A2 + B2) * d[3 * step] + d[5 * step];
+// Half of B^T of six values: the values at the points 0, +-A, or at +-B and infinity. A whole patch at all six points
+// would not fit in the registers.
+template <bool OUTER>
+static inline void to_points(const Vector* d, Vector* t) {
+  if constexpr (!OUTER) {
+    const Vector even = d[4] - B2 * d[2], odd = d[3] - B2 * d[1];
+    t[0] = A2 * B2 * d[0] - (A2 + B2) * d[2] + d[4];
+    t[1] = even + A * odd;
+    t[2] = even - A * odd;
+  } else {
+    const Vector even = d[4] - A2 * d[2], odd = d[3] - A2 * d[1];
+    t[0] = even + B * odd;
+    t[1] = even - B * odd;
+    t[2] = A2 * B2 * d[1] - (A2 + B2) * d[3] + d[5];
+  }
 }
 
 // A^T of six values
@@ -33,9 +36,9 @@ static inline void from_points(const Vector* m, Vector* y) {
   y[3] = A3 * odd_a + B3 * odd_b + m[5];
 }
 
-// m [R, N] = U[:, r]^T v with v [channels, N] and U [channels, outputs]
-template <int R, int N>
-static void products(const float* v, const float* u, float* m, Index channels, Index outputs) {
+// m [R, N] = U[:, r]^T v with v [channels, N] and U [channels, outputs]; a channel of bfloat16 is a pair of them
+template <class Element, int R, int N>
+static inline void products(const float* v, const float* u, float* m, Index channels, Index outputs) {
   Vector sum[R][N] = {};
   for (Index i = 0; i < channels; i++) {
     Vector values[N];
@@ -44,7 +47,7 @@ static void products(const float* v, const float* u, float* m, Index channels, I
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 12
-      for (int n = 0; n < N; n++) sum[r][n] += u[i * outputs + r] * values[n];
+      for (int n = 0; n < N; n++) sum[r][n] = Element::add(sum[r][n], u[i * outputs + r], values[n]);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++)
@@ -52,30 +55,37 @@ static void products(const float* v, const float* u, float* m, Index channels, I
     for (int n = 0; n < N; n++) store(m + (r * N + n) * LANES, sum[r][n]);
 }
 
-// One channel's patch as its values at the points, `step` apart. `seen`: where the patch lies, null outside the image.
-static inline void transform(const float* const* seen, Index offset, float* v, Index step) {
-  Vector columns[PATCH][PATCH];  // [column][point]
+// Rows 3*OUTER … of one channel's patch at the points, `step` apart. `patch`: where each of its elements lies.
+template <bool OUTER, class Store>
+static inline void transform_half(const float* const* patch, Index step, float* v, Store put) {
+  Vector rows[3][PATCH];
 #pragma GCC unroll 6
   for (int c = 0; c < PATCH; c++) {
-    Vector d[PATCH];
+    Vector d[PATCH], t[3];
 #pragma GCC unroll 6
-    for (int r = 0; r < PATCH; r++) {
-      const float* at = seen[r * PATCH + c];
-      d[r] = load(at ? at + offset : ZEROS);
-    }
-    to_points(d, 1, columns[c]);
+    for (int r = 0; r < PATCH; r++) d[r] = load(patch[r * PATCH + c]);
+    to_points<OUTER>(d, t);
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; r++) rows[r][c] = t[r];
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < PATCH; r++) {
+#pragma GCC unroll 3
+  for (int r = 0; r < 3; r++) {
     Vector t[PATCH];
-    to_points(&columns[0][r], PATCH, t);
+    to_points<false>(rows[r], t);
+    to_points<true>(rows[r], t + 3);
 #pragma GCC unroll 6
-    for (int c = 0; c < PATCH; c++) store(v + (r * PATCH + c) * step, t[c]);
+    for (int c = 0; c < PATCH; c++) put(v + ((3 * OUTER + r) * PATCH + c) * step, t[c]);
   }
 }
 
+template <class Store>
+static inline void transform(const float* const* patch, Index step, float* v, Store put) {
+  transform_half<false>(patch, step, v, put);
+  transform_half<true>(patch, step, v, put);
+}
+
 // One output channel's tile from its values at the points, `step` apart.
-static inline void transform_back(const Shape& s, const float* m, Index step, Index rows_left, Index columns_left,
+static inline void transform_back(const float* m, Index step, Index width, Index rows_left, Index columns_left,
                                   float* out) {
   Vector rows[TILE][PATCH];  // [row][point]
 #pragma GCC unroll 6
@@ -94,56 +104,64 @@ static inline void transform_back(const Shape& s, const float* m, Index step, In
     if (r < rows_left)
 #pragma GCC unroll 4
       for (int c = 0; c < TILE; c++)
-        if (c < columns_left) store(out + (r * s.out_width + c) * s.batch, y[c]);
+        if (c < columns_left) store(out + (r * width + c) * LANES, y[c]);
   }
 }
 
-template <int N>
-static void winograd_tile(const Shape& s, const float* x, const float* u, float* out, Index top, Index left, float* v,
-                          float* m) {
+// Floats of scratch that `winograd` needs.
+static Index winograd_scratch(const Shape& s) {
+  return POINTS * ((s.channels + s.outputs) * VECTORS + 2) * LANES;
+}
+
+// N tiles, numbers first … first + N - 1 in the order of rows.
+template <class Element, int N>
+static void winograd_tiles(const Shape& s, const float* x, const float* u, float* out, Index first, float* scratch) {
   constexpr Index WIDTH = N * LANES;
+  const Index columns = (s.out_width + TILE - 1) / TILE, inner = s.channels / Element::CHANNELS;
   // A vector more than needed keeps the points of one channel from falling on the same cache lines.
-  const Index v_step = s.channels * WIDTH + LANES, m_step = s.outputs * WIDTH + LANES;
-  const Index plane = s.height * s.width * s.batch, out_plane = s.out_height * s.out_width * s.batch;
-  const float* seen[POINTS];
-  for (Index r = 0; r < PATCH; r++)
-    for (Index c = 0; c < PATCH; c++) {
-      const Index row = top - s.pad_h + r, column = left - s.pad_w + c;
+  const Index v_step = inner * WIDTH + LANES, m_step = s.outputs * WIDTH + LANES;
+  float *v = scratch, *m = scratch + POINTS * v_step;
+  const float* patch[N][POINTS];
+  Index strides[N][POINTS];  // to the same element of the next channel
+  for (int n = 0; n < N; n++) {
+    const Index top = (first + n) / columns * TILE - s.pad_h, left = (first + n) % columns * TILE - s.pad_w;
+    for (Index k = 0; k < POINTS; k++) {
+      const Index row = top + k / PATCH, column = left + k % PATCH;
       const bool inside = row >= 0 && row < s.height && column >= 0 && column < s.width;
-      seen[r * PATCH + c] = inside ? x + (row * s.width + column) * s.batch : nullptr;
+      patch[n][k] = inside ? x + (row * s.width + column) * LANES : ZEROS;
+      strides[n][k] = inside ? s.length() : 0;
     }
-  for (Index i = 0; i < s.channels; i++)
-    for (int n = 0; n < N; n++)
-      transform(seen, i * plane + n * LANES, v + i * WIDTH + n * LANES, v_step);
+  }
+  for (Index word = 0; word < inner; word++)
+    for (int n = 0; n < N; n++) {
+      const auto next_channel = [&](auto put) {
+        transform(patch[n], v_step, v + word * WIDTH + n * LANES, put);
+        for (Index k = 0; k < POINTS; k++) patch[n][k] += strides[n][k];
+      };
+      next_channel(store);
+      if constexpr (Element::CHANNELS == 2)
+        next_channel([](float* at, Vector high) { store(at, Element::pack(load(at), high)); });
+    }
   for (Index q = 0; q < POINTS; q++)
     over_rows(s.outputs, [&](Index rows, Index o) {
-      with_constant<ROWS>(rows, [&](auto r) {
-        products<r, N>(v + q * v_step, u + q * s.channels * s.outputs + o, m + q * m_step + o * WIDTH,
-                       s.channels, s.outputs);
+      with_constant<1, ROWS>(rows, [&](auto r) {
+        products<Element, r, N>(v + q * v_step, u + q * inner * s.outputs + o, m + q * m_step + o * WIDTH, inner,
+                                s.outputs);
       });
     });
   for (Index o = 0; o < s.outputs; o++)
-    for (int n = 0; n < N; n++)
-      transform_back(s, m + o * WIDTH + n * LANES, m_step, s.out_height - top, s.out_width - left,
-                     out + o * out_plane + (top * s.out_width + left) * s.batch + n * LANES);
+    for (int n = 0; n < N; n++) {
+      const Index top = (first + n) / columns * TILE, left = (first + n) % columns * TILE;
+      transform_back(m + o * WIDTH + n * LANES, m_step, s.out_width, s.out_height - top, s.out_width - left,
+                     out + o * s.out_length() + (top * s.out_width + left) * LANES);
+    }
 }
 
-// x [P, C, H, W, B], u [36, C, O], out [P, O, OH, OW, B].
-static void winograd(const Shape& s, const float* x, const float* u, Index count, float* out, int threads) {
-  const Index rows = (s.out_height + TILE - 1) / TILE, columns = (s.out_width + TILE - 1) / TILE;
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> v(POINTS * (s.channels * VECTORS + 1) * LANES), m(POINTS * (s.outputs * VECTORS + 1) * LANES);
-#pragma omp for collapse(2) schedule(static)
-    for (Index p = 0; p < count; p++)
-      for (Index row = 0; row < rows; row++)
-        for (Index column = 0; column < columns; column++)
-          over_batch(s.batch, [&](Index vectors, Index at) {
-            const float* from = x + p * s.channels * s.height * s.width * s.batch + at;
-            float* to = out + p * s.outputs * s.out_height * s.out_width * s.batch + at;
-            with_constant<VECTORS>(vectors, [&](auto n) {
-              winograd_tile<n>(s, from, u, to, TILE * row, TILE * column, v.data(), m.data());
-            });
-          });
-  }
+// x [C, H, W, LANES], u [36, C, O] or, of pairs of bfloat16, [36, C/2, O], out [O, OH, OW, LANES].
+template <class Element>
+static void winograd(const Shape& s, const float* x, const float* u, float* out, float* scratch) {
+  const Index tiles = ((s.out_height + TILE - 1) / TILE) * ((s.out_width + TILE - 1) / TILE);
+  for (Index first = 0; first < tiles; first += VECTORS)
+    with_constant<1, VECTORS>(std::min<Index>(VECTORS, tiles - first),
+                           [&](auto n) { winograd_tiles<Element, n>(s, x, u, out, first, scratch); });
 }

@@ -9,7 +9,7 @@ pointwise (see `elementwise`).
 
 import torch
 
-from deepzero_core.perturb.chain import base_layout, rectified
+from deepzero_core.perturb.changes import Change
 from deepzero_core.perturb.rules.registry import Call, Result, only_change, rule
 
 aten = torch.ops.aten
@@ -20,6 +20,10 @@ def relu(call: Call) -> Result:
     change = only_change(call)
     if change is None:
         return None
-    slope = float(call.argument(1, 0.01)) if call.target is aten.leaky_relu.default else 0.0
-    base = call.once("base", lambda: base_layout(call.args[0]))
-    return rectified(change, base, slope)
+    negative = call.on_block(change, "negative", lambda: call.args[0].clamp(max=0))
+    positive = call.on_block(change, "positive", lambda: call.args[0].clamp(min=0))
+    rectified = torch.maximum(change.delta + negative, -positive)
+    if call.target is aten.relu.default:
+        return Change(rectified, change.block)
+    slope = float(call.argument(1, 0.01))
+    return Change(rectified + slope * (change.delta - rectified), change.block)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.chain import Chain, added
 from deepzero_core.perturb.changes import Block, Change, OneHot, dense, difference, one_hot_block, take
 from deepzero_core.perturb.rules.general import widened
 from deepzero_core.perturb.rules.registry import Call, Result, Rule, find, plain_change, rule
@@ -133,10 +132,6 @@ def rule_for(target: Any) -> Rule | None:
 @rule(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)
 def sum_of_two(call: Call) -> Result:
     """Δ(a ± s·b) = δa ± s·δb."""
-    if call.target is aten.add.Tensor and call.kwargs.get("alpha", 1) == 1:
-        open_sum = _open_sum(call)
-        if open_sum is not None:
-            return open_sum
     aligned = align(call)
     if aligned is None or not call.output.is_floating_point():
         return None
@@ -145,18 +140,6 @@ def sum_of_two(call: Call) -> Result:
     terms = [delta if position == 0 or sign == 1 else sign * delta for position, delta in aligned.deltas.items()]
     total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
     return Change(total.to(call.output.dtype).expand(aligned.shape), aligned.block)
-
-
-def _open_sum(call: Call) -> Change | None:
-    """A chain that need not be evaluated to be added: to what stays, or to a change on the same block."""
-    moving = [change for change in map(call.change, call.changed()) if isinstance(change, Change)]
-    shapes = {call.args[position].shape for position in call.changed()} | {call.output.shape}
-    if len(moving) < len(call.changed()) or len(shapes) > 1 or not call.output.is_floating_point():
-        return None
-    first, *others = moving
-    if others:
-        return added(first, others[0], call.output.shape)
-    return first if isinstance(first, Chain) and call.args[call.changed()[0]].dtype == call.output.dtype else None
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.chain import Chain, Terms, centred
 from deepzero_core.perturb.changes import Block, Change, OneHot, Replaced, dense, one_hot_block, take
-from deepzero_core.perturb.native import kernels
 from deepzero_core.perturb.rules.registry import Call, Result, rule
 
 aten = torch.ops.aten
@@ -42,7 +40,10 @@ class _OnChannels:
 
     @property
     def centred(self) -> Tensor:
-        return centred(self.values, self.mean, self.block, self.width)
+        """x̂ on the block."""
+        means = take(self.mean, Block(0, self.block.start) if self.block else None, self.width)
+        taken = take(self.values, self.block, self.width)
+        return taken - means.reshape(len(means), 1, -1, *[1] * (self.values.ndim - 2))
 
 
 @rule(aten.native_batch_norm.default)
@@ -54,12 +55,9 @@ def batch_norm(call: Call) -> Result:
     if on is None:
         return None
     average, rescale = _statistics(on, on.delta) if on.delta is not None and training else (None, None)
-    if call.changed() == (0,):
-        change: Change = _values_moved(on, average, rescale)
-    else:
-        shape = list(call.output[0].shape)
-        shape[1] = on.width if on.block else shape[1]
-        change = Change(_affine(on, average, rescale).expand(call.count, *shape), on.block)
+    shape = list(call.output[0].shape)
+    shape[1] = on.width if on.block else shape[1]
+    change = Change(_affine(on, average, rescale).expand(call.count, *shape), on.block)
     if average is None or rescale is None:
         return change, None, None
     return change, _per_channel(average, on.block), _per_channel(rescale, on.block)
@@ -67,36 +65,12 @@ def batch_norm(call: Call) -> Result:
 
 def _statistics(on: _OnChannels, delta: Tensor) -> tuple[Tensor, Tensor]:
     """(Δm, Δs), per perturbation and channel: [P, 1, w, 1…]."""
-    if kernels.suits(delta):
-        means = kernels.moments(delta, on.values, on.mean, on.block.start if on.block else None)
-        average, square = (mean.reshape(len(mean), 1, -1, *[1] * (delta.ndim - 3)) for mean in means.unbind(2))
-    else:
-        axes = [1, *range(3, delta.ndim)]
-        average = delta.mean(axes, keepdim=True)
-        square = torch.add(delta, on.centred, alpha=2).mul_(delta).mean(axes, keepdim=True)
+    axes = [1, *range(3, delta.ndim)]
+    average = delta.mean(axes, keepdim=True)
+    square = torch.add(delta, on.centred, alpha=2).mul_(delta).mean(axes, keepdim=True)
     variance = square - average.square()
     new_scale = (on.scale.square().reciprocal() + variance).rsqrt()
     return average, -variance * (on.scale * new_scale).square() / (on.scale + new_scale)
-
-
-def _values_moved(on: _OnChannels, average: Tensor | None, rescale: Tensor | None) -> Chain:
-    """γ·Δn where γ and β stay, left open for what follows."""
-    assert on.delta is not None
-    gamma = 1 if on.gamma is None else on.gamma
-    if average is None or rescale is None:
-        return Chain(Terms(on.delta, on.block, scale=(gamma * on.scale).flatten(1)))
-    scale = gamma * (on.scale + rescale)
-    return Chain(
-        Terms(
-            on.delta,
-            on.block,
-            scale=scale.flatten(1),
-            shift=(-scale * average).flatten(1),
-            rescale=(gamma * rescale).flatten(1),
-            values=on.values,
-            mean=on.mean,
-        )
-    )
 
 
 def _affine(on: _OnChannels, average: Tensor | None, rescale: Tensor | None) -> Tensor:

@@ -10,9 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.chain import base_layout, pooled
 from deepzero_core.perturb.changes import Change, Replaced, dense, take
-from deepzero_core.perturb.native.kernels import Window
 from deepzero_core.perturb.rules.registry import Call, Result, only_change, over_perturbations, rule
 
 aten = torch.ops.aten
@@ -58,11 +56,6 @@ def max_pool2d(call: Call) -> Result:
     if change is None:
         return None
     inputs = call.args[0]
-    if 1 not in call.read and inputs.ndim == 4:
-        base = call.once("base", lambda: base_layout(inputs))
-        found = pooled(change, base, _window(call))
-        if found is not None:
-            return found, None
     # Un-pooling reads the indices, which a block could not give whole.
     change = Change(dense(change, inputs.shape)) if 1 in call.read else _leading(change, inputs.ndim, 2, inputs.shape)
     width = change.width if change.block else 0
@@ -79,10 +72,3 @@ def max_pool2d(call: Call) -> Result:
     )
     delta = moved + change.delta.flatten(-2).gather(-1, flat).view_as(winners)
     return Change(delta, change.block), Replaced(winners) if change.block is None else None
-
-
-def _window(call: Call) -> Window:
-    kernel = call.args[1]
-    stride, padding, dilation = call.argument(2) or kernel, call.argument(3, [0]), call.argument(4, [1])
-    parts = [list(part) * (2 if len(part) == 1 else 1) for part in (kernel, stride, padding, dilation)]
-    return parts[0], parts[1], parts[2], parts[3], call.output[0].shape[2:]
