@@ -1,6 +1,7 @@
 """Forward evaluation on Dask workers: what a worker holds, what a task does, and the coordinator's side of a step.
 
     step        one small task holds θ for the step; every worker fetches it once, as a dependency of its ranges
+    base        another: the unperturbed loss, outputs and buffers, of a worker that needs them for its ranges anyway
     range       a fixed list of chunks; its result is loss differences, nothing else
     worker      keeps module, data and traced engine, built by a plugin that runs again on every replacement
 
@@ -32,7 +33,7 @@ from deepzero_core.estimators.cge import queries, slope, work
 from deepzero_core.models import build_model
 from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
 from deepzero_core.perturb.coordinates import count, resolve, scatter
-from deepzero_core.perturb.cost import total
+from deepzero_core.perturb.cost import Cost, total
 from deepzero_core.perturb.evaluator import chunks
 from deepzero_core.perturb.machine import NOMINAL
 from deepzero_core.perturb.objective import state_of
@@ -95,6 +96,15 @@ class Range:
     chunks: tuple[tuple[str, np.ndarray], ...]
 
 
+@dataclass(frozen=True)
+class Unperturbed:
+    """l(θ), the outputs [B, K], and the buffers as the pass leaves them."""
+
+    loss: np.ndarray
+    outputs: np.ndarray
+    buffers: dict[str, np.ndarray]
+
+
 class ForwardWorker(WorkerPlugin):
     """A worker's module, data and engine; set up again when Dask replaces the worker."""
 
@@ -131,6 +141,12 @@ class ForwardWorker(WorkerPlugin):
                 for name, indices in work.chunks
             ]
 
+    def unperturbed(self, state: StepState) -> "Unperturbed":
+        """What the base pass of a step gives."""
+        with self._turn:
+            base = self._base_of(state)
+            return Unperturbed(base.loss.numpy(), base.outputs.numpy(), _arrays(base.buffers))
+
     def _base_of(self, state: StepState) -> BasePass:
         """The base pass of a step, kept until the next: every range of the step reads it."""
         if self._base is None or self._base[0] != state.name:
@@ -156,6 +172,11 @@ def _hold(value: Any) -> Any:
     return value
 
 
+def _evaluate_base(plugin: str, state: StepState) -> Unperturbed | None:
+    forward: ForwardWorker | None = get_worker().plugins.get(plugin)
+    return None if forward is None else forward.unperturbed(state)
+
+
 def _evaluate(plugin: str, state: StepState, ranges: Sequence[Range], number: int) -> list[np.ndarray]:
     forward: ForwardWorker | None = get_worker().plugins.get(plugin)
     if forward is None:
@@ -172,7 +193,7 @@ class DistributedCGE:
     timeout_s: float = 60.0
     _name: str = field(default_factory=lambda: f"deepzero-forward-{uuid4().hex}")
     _evaluator: Evaluator | None = None
-    _ranges: tuple[Coordinates | None, list[Range], Future] | None = None
+    _ranges: tuple[Coordinates | None, list[Range], Future, Cost] | None = None
 
     def __enter__(self) -> "DistributedCGE":
         self.client.register_plugin(ForwardWorker(self._name, self.problem))
@@ -199,28 +220,31 @@ class DistributedCGE:
         state = StepState(uuid4().hex, batch.epoch, batch.index, _arrays(parameters), _arrays(buffers), seed)
         if self._evaluator is None:
             self._evaluator = prepare(module, batch.inputs, batch.targets, F.cross_entropy)
-        evaluator, chosen, base = self._evaluator, resolve(module, coordinates), None
+        evaluator, chosen = self._evaluator, resolve(module, coordinates)
         if self._ranges is None or self._ranges[0] is not coordinates:
             base = evaluator.base(parameters, buffers, batch.inputs, batch.targets)
             self._ranges = coordinates, *self._cut(evaluator, chosen, base)
-        _, ranges, held_ranges = self._ranges
+        _, ranges, held_ranges, done = self._ranges
         held = self.client.submit(_hold, state, key=self._key("theta", state.name), pure=False)
         futures = [
-            self.client.submit(
-                _evaluate, self._name, held, held_ranges, i, key=self._key("range", state.name, i), pure=False
-            )
-            for i in range(len(ranges))
+            self.client.submit(_evaluate_base, self._name, held, key=self._key("base", state.name), pure=False),
+            *(
+                self.client.submit(
+                    _evaluate, self._name, held, held_ranges, i, key=self._key("range", state.name, i), pure=False
+                )
+                for i in range(len(ranges))
+            ),
         ]
-        if base is None:  # the workers have begun already
-            base = evaluator.base(parameters, buffers, batch.inputs, batch.targets)
-        slopes = self._collect(futures, ranges)
-        gradients = scatter(parameters, chosen, slopes)
+        unperturbed, *results = self._results(futures)
+        gradients = scatter(parameters, chosen, _joined(ranges, results))
         spent = queries(count(chosen), self.problem.difference)
-        done = work(evaluator, base, chosen, self.problem.difference)
-        return GradientEstimate(gradients, spent, base.loss.item(), base.outputs, base.buffers, done)
+        outputs, left = torch.from_numpy(unperturbed.outputs), _tensors(unperturbed.buffers)
+        return GradientEstimate(gradients, spent, unperturbed.loss.item(), outputs, left, done)
 
-    def _cut(self, evaluator: Evaluator, chosen: Mapping[str, Tensor], base: BasePass) -> tuple[list[Range], Future]:
-        """Ranges of nearly equal cost, heaviest first; they hold for a mask, and the workers hold them."""
+    def _cut(
+        self, evaluator: Evaluator, chosen: Mapping[str, Tensor], base: BasePass
+    ) -> tuple[list[Range], Future, Cost]:
+        """Ranges of nearly equal cost, heaviest first, for a mask; the workers hold them. And the cost of all."""
         memory = self.problem.memory
         parts = [(chunk.name, chunk.indices.numpy()) for chunk in chunks(evaluator, base, chosen, memory)]
         each = {name: total(evaluator.cost(base, name)).seconds(NOMINAL) for name in chosen}
@@ -228,20 +252,13 @@ class DistributedCGE:
         groups = balanced(costs, RANGES)
         groups.sort(key=lambda group: -sum(costs[i] for i in group))
         ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
-        return ranges, self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
+        held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
+        return ranges, held, work(evaluator, base, chosen, self.problem.difference)
 
-    def _collect(self, futures: Sequence[Future], ranges: Sequence[Range]) -> dict[str, Tensor]:
-        found: dict[str, list[tuple[int, np.ndarray]]] = {}
-        for part, values in zip(ranges, self._results(futures), strict=True):
-            for (name, indices), value in zip(part.chunks, values, strict=True):
-                found.setdefault(name, []).append((int(indices[0]), value))
-        ordered = {name: sorted(parts, key=lambda part: part[0]) for name, parts in found.items()}
-        return {name: torch.from_numpy(np.concatenate([v for _, v in parts])) for name, parts in ordered.items()}
-
-    def _results(self, futures: Sequence[Future]) -> list[list[np.ndarray]]:
+    def _results(self, futures: Sequence[Future]) -> list[Any]:
         try:
             self._wait(futures)
-            results: list[list[np.ndarray]] = self.client.gather(list(futures))
+            results: list[Any] = self.client.gather(list(futures))
             return results
         except BaseException as error:
             if self.client.status == "running":
@@ -273,7 +290,7 @@ class DistributedCGE:
                     workers = len(self.client.scheduler_info(n_workers=-1)["workers"])
                     raise WorkError(
                         f"no answer from the {workers} Dask workers for {self.timeout_s:g} s "
-                        f"({finished} of {len(futures)} ranges of this step are done)"
+                        f"({finished} of {len(futures)} tasks of this step are done)"
                     ) from None
 
     def _report(self, event: tuple[float, Any]) -> None:
@@ -285,6 +302,16 @@ class DistributedCGE:
 
     def _key(self, *parts: object) -> str:
         return "-".join([self._name, *(str(part) for part in parts)])
+
+
+def _joined(ranges: Sequence[Range], results: Sequence[list[np.ndarray]]) -> dict[str, Tensor]:
+    """By parameter, what the ranges found, in the order of its coordinates."""
+    found: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for part, values in zip(ranges, results, strict=True):
+        for (name, indices), value in zip(part.chunks, values, strict=True):
+            found.setdefault(name, []).append((int(indices[0]), value))
+    ordered = {name: sorted(parts, key=lambda part: part[0]) for name, parts in found.items()}
+    return {name: torch.from_numpy(np.concatenate([v for _, v in parts])) for name, parts in ordered.items()}
 
 
 def balanced(costs: Sequence[float], groups: int) -> list[list[int]]:

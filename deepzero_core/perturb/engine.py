@@ -8,21 +8,26 @@ for the change of the result given the changes of the operands.
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from deepzero_core.perturb.base_values import BaseValues, bases
 from deepzero_core.perturb.changes import Change, OneHot, dense, take
 from deepzero_core.perturb.cost import Cost, stretch, work
 from deepzero_core.perturb.evaluator import BasePass, Chunk, Situation
+from deepzero_core.perturb.machine import full_float32
 from deepzero_core.perturb.objective import RandomState
 from deepzero_core.perturb.regions import Entry, Region, entry_of, plan
 from deepzero_core.perturb.rules import Call, general
 from deepzero_core.perturb.rules.elementwise import rule_for
 from deepzero_core.perturb.rules.general import operand_bytes
 from deepzero_core.perturb.trace import Trace
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _MAX_CHUNK = 4096
 _CHUNK_FLOPS = 20e9
@@ -33,27 +38,35 @@ _CHUNK_FLOPS = 20e9
 class _Cache:
     """What the base pass leaves behind: every node's value, and what later visits make of them for one another."""
 
-    values: dict[Node, Any]
+    values: BaseValues
     arguments: dict[Node, tuple[Any, Any]] = field(default_factory=dict)
     """By node: its arguments with values in place of nodes."""
     kept: dict[Node, dict[str, Any]] = field(default_factory=dict)
     """By node: see `Call.once`."""
     own: dict[str, dict[Node, dict[str, Any]]] = field(default_factory=dict)
     """Of the parameter that is perturbed at present, by node: see `Call.once_for_parameter`."""
-    regions: dict[tuple[str, Entry, bool], Region | None] = field(default_factory=dict)
-    """By parameter, entry, and whether products are rounded to bfloat16."""
+    regions: dict[str, dict[tuple[Entry, bool], Region | None]] = field(default_factory=dict)
+    """Of the parameter that is perturbed at present, by entry and whether products are rounded to bfloat16."""
     packed: dict[Any, Tensor] = field(default_factory=dict)
     """What the kernels read, for all regions."""
 
     def of(self, node: Node) -> tuple[Any, Any]:
         if node not in self.arguments:
-            self.arguments[node] = _bases(node.args, self.values), _bases(node.kwargs, self.values)
+            self.arguments[node] = bases(node.args, self.values), bases(node.kwargs, self.values)
         return self.arguments[node]
 
     def own_of(self, name: str) -> dict[Node, dict[str, Any]]:
-        if name not in self.own:
-            self.own.clear()
-        return self.own.setdefault(name, {})
+        return _only(self.own, name)
+
+    def regions_of(self, name: str) -> dict[tuple[Entry, bool], Region | None]:
+        return _only(self.regions, name)
+
+
+def _only(by_parameter: dict[str, dict[K, V]], name: str) -> dict[K, V]:
+    """A parameter's entry, after those of all others are given up."""
+    if name not in by_parameter:
+        by_parameter.clear()
+    return by_parameter.setdefault(name, {})
 
 
 @dataclass
@@ -95,19 +108,20 @@ class TracedEvaluator:
     ) -> BasePass:
         state = RandomState()
         feeds = iter([*parameters.values(), *buffers.values(), inputs, targets])
-        values: dict[Node, Any] = {}
+        values = BaseValues()
         results: tuple[Any, ...] = ()
-        with torch.no_grad():
+        with torch.no_grad(), full_float32(inputs.device):
             for node in self._trace.nodes:
                 if node.op == "placeholder":
                     values[node] = next(feeds)
                 elif node.op == "get_attr":
                     values[node] = _attribute(self._trace.graph, str(node.target))
                 elif node.op == "output":
-                    results = _bases(node.args, values)[0]
+                    results = bases(node.args, values)[0]
                 else:
                     assert callable(node.target)
-                    values[node] = node.target(*_bases(node.args, values), **_bases(node.kwargs, values))
+                    values[node] = node.target(*bases(node.args, values), **bases(node.kwargs, values))
+        values.release()
         return BasePass(*self._trace.unflatten(results), parameters, _Cache(values), state)
 
     def coordinates(self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32") -> Tensor:
@@ -140,7 +154,7 @@ class TracedEvaluator:
         source = OneHot(chunk.indices, base.parameters[chunk.name].new_full([count], step))
         live: dict[Node, Any] = {trace.parameters[chunk.name]: source}
         done: set[Node] = set()
-        with torch.no_grad():
+        with torch.no_grad(), full_float32(base.loss.device):
             for node in trace.reads[chunk.name]:
                 if node not in done:
                     region = self._region(node, base.cache, live, chunk.name, precision)
@@ -162,13 +176,13 @@ class TracedEvaluator:
         entry = entry_of(node, live) if precision != "value" else None
         if entry is None:
             return None
-        key = name, entry, precision == "bfloat16"
-        if key not in base.regions:
+        regions, bfloat16 = base.regions_of(name), precision == "bfloat16"
+        if (entry, bfloat16) not in regions:
             changed = (self._trace.parameters[name], *self._trace.reads[name])
-            base.regions[key] = plan(
-                entry, changed, self._trace.needed, self._results_read, base.values, base.packed, key[-1]
+            regions[entry, bfloat16] = plan(
+                entry, changed, self._trace.needed, self._results_read, base.values, base.packed, bfloat16
             )
-        return base.regions[key]
+        return regions[entry, bfloat16]
 
     def _change_of(
         self, node: Node, base: _Cache, live: dict[Node, Any], chunk: Chunk, precision: str, probe: _Probe | None
@@ -206,11 +220,6 @@ def _as_values(change: Any, base: Any) -> Any:
         return change
     value = take(base, change.block, change.width if change.block else 0)
     return Change((value + change.delta) - value, change.block)
-
-
-def _bases(arguments: Any, values: dict[Node, Any]) -> Any:
-    """A node's arguments with base values in place of nodes."""
-    return torch.fx.node.map_arg(arguments, values.__getitem__)
 
 
 def _operand_changes(argument: Any, live: dict[Node, Any]) -> Any:

@@ -1,7 +1,8 @@
-"""What this machine can do at most, measured: the yardstick of predictions and of the achieved share of the peak."""
+"""What this machine can do at most, measured: the yardstick of predictions and shares of the peak. And how exactly."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -49,3 +50,21 @@ def _fastest(run: Callable[[], object]) -> float:
         run()
         times.append(time.perf_counter() - started)
     return min(times)
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Float32 products without TF32, whose ten bits of mantissa cannot hold a difference.
+
+    On a CUDA device cuDNN takes TF32 unless it is told otherwise. Who has asked for it by
+    `torch.set_float32_matmul_precision` gets it.
+    """
+    if device.type != "cuda" or torch.get_float32_matmul_precision() != "highest":
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

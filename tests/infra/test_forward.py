@@ -233,11 +233,11 @@ def test_workers_that_fall_silent_end_the_step_with_a_count(slow: Problem) -> No
         for process in stopped:
             process.resume()
     found = re.fullmatch(
-        r"no answer from the 2 Dask workers for 2 s \((\d+) of (\d+) ranges of this step are done\)",
+        r"no answer from the 2 Dask workers for 2 s \((\d+) of (\d+) tasks of this step are done\)",
         str(failure.value),
     )
     assert found, str(failure.value)
-    assert 1 <= int(found[1]) < int(found[2]) == RANGES
+    assert 1 <= int(found[1]) < int(found[2]) == RANGES + 1  # and the base pass
 
 
 def test_a_network_that_kills_its_workers_is_a_failure_of_the_work(

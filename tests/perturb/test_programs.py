@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deepzero_core.perturb.base_values import BaseValues
 from deepzero_core.perturb.native import program
 from deepzero_core.perturb.native.build import build
 from deepzero_core.perturb.regions.draft import Draft, Formula, Statistics, space_of, window
@@ -43,7 +44,7 @@ def run(draft: Draft, inputs: dict[int, Tensor], output: int, channel: list[int]
 
 
 def empty(batch: int) -> Draft:
-    return Draft({}, {}, {}, False, batch)
+    return Draft(BaseValues(), {}, {}, False, batch)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Shape:
     def run(self, delta: Tensor, weight: Tensor, mode: str = "direct", channel: list[int] | None = None) -> Tensor:
         draft = empty(self.batch)
         out = self.convolution(torch.zeros(1, *weight.shape[1:2], *self.space), weight)
-        source, target = draft.buffer(space_of(delta[0], channel is not None)), draft.buffer(space_of(out))
+        source, target = draft.buffer(space_of(delta[0].shape, channel is not None)), draft.buffer(space_of(out.shape))
         shape = window(
             draft.spaces[source], draft.spaces[target], self.kernel, self.stride, self.padding, self.dilation
         )
@@ -236,7 +237,7 @@ def test_every_chain(pool: str, norm: bool, thin: bool) -> None:
     for slope, residual, batch in product(SLOPES, [False, True], [16, 21]):
         given = Given(batch, [3, 0, 1] if thin else None)
         draft = empty(batch)
-        source = draft.buffer(space_of(given.delta[0], thin))
+        source = draft.buffer(space_of(given.delta[0].shape, thin))
         inputs = {source: given.delta}
         formula = Formula(source)
         y, moved = given.seen(given.values).double(), given.delta.double()
@@ -256,7 +257,7 @@ def test_every_chain(pool: str, norm: bool, thin: bool) -> None:
             before, after = y, y + moved
         base = given.values if not norm else None
         if residual:
-            buffer = draft.buffer(space_of(given.residual[0], thin))
+            buffer = draft.buffer(space_of(given.residual[0].shape, thin))
             inputs[buffer] = given.residual
             stays = given.base  # the residual's own base values
             formula = Formula(source, norm=formula.norm, residual=buffer)
@@ -277,7 +278,7 @@ def test_every_chain(pool: str, norm: bool, thin: bool) -> None:
                 torch.stack([F.max_pool2d(one, kernel, stride, padding, dilation, ceil) for one in each])
                 for each in (before, after)
             )
-            shape = window(draft.spaces[source], space_of(before[0]), kernel, stride, padding, dilation)
+            shape = window(draft.spaces[source], space_of(before[0].shape), kernel, stride, padding, dilation)
             target = draft.pooled(formula, shape)
         found = run(draft, inputs, target, given.channel)
         torch.testing.assert_close(found.double(), after - before, rtol=2e-5, atol=2e-5)
@@ -290,7 +291,7 @@ def test_a_long_sum_is_as_exact_as_a_short_one() -> None:
     delta = (1 + torch.rand(1, batch, 1, *space)).expand(COUNT, -1, -1, -1, -1)
     values = torch.randn(batch, 1, *space)
     draft = empty(batch)
-    source = draft.buffer(space_of(values))
+    source = draft.buffer(space_of(values.shape))
     wide = values.double()
     scale = (wide.var(correction=0) + 1e-5).rsqrt().float().view(1)
     draft.norms.append(Statistics(source, draft.sliced(values), wide.mean().float().view(1), scale, None, None))
@@ -305,8 +306,8 @@ def test_nothing_cancels() -> None:
     """A change of 1e-7 beside values of 1 keeps its digits through rectifier and pooling."""
     given = Given(18, None)
     draft = empty(18)
-    source = draft.buffer(space_of(given.delta[0]))
-    shape = window(draft.spaces[source], space_of(torch.zeros(1, CHANNELS, 2, 3)), (2, 2), (2, 2), (0, 0), (1, 1))
+    source = draft.buffer(space_of(given.delta[0].shape))
+    shape = window(draft.spaces[source], space_of(torch.Size([1, CHANNELS, 2, 3])), (2, 2), (2, 2), (0, 0), (1, 1))
     target = draft.pooled(Formula(source, base=given.base, slope=0.0), shape)
     small = 1e-7 * given.delta
     found = run(draft, {source: small}, target)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from deepzero_core.perturb.base_values import BaseValues
 from deepzero_core.perturb.native import program
 from deepzero_core.perturb.native.program import NONE, Shape, Step
 
@@ -88,7 +89,7 @@ class Statistics:
 class Draft:
     """Buffers, normalisations and steps, in order, and the change of every node that is in the region."""
 
-    values: Mapping[Node, Any]
+    values: BaseValues
     read: Mapping[Node, frozenset[int]]
     packed: dict[Any, Tensor]
     """What other regions of the same base pass have packed: base values in slices, weights."""
@@ -111,8 +112,10 @@ class Draft:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def sliced(self, value: Tensor) -> Tensor:
-        """Base values [B, C, *space] in slices."""
+    def sliced(self, value: Tensor, shared: bool = True) -> Tensor:
+        """Base values [B, C, *space] in slices; `shared`: with other regions of the base pass."""
+        if not shared:
+            return program.in_slices(value)
         return self.once(("slices", id(value)), value, lambda: program.in_slices(value))
 
     def once(self, key: Any, owner: Tensor, compute: Any) -> Tensor:
@@ -127,7 +130,8 @@ class Draft:
              mean: Tensor | None = None, scale: Tensor | None = None, base: Tensor | None = None,
              rectify: bool = False, pool: bool = False, front: int = 0, slope: float = 0.0) -> None:  # fmt: skip
         """`values` and `base` are base values [B, C, *space]."""
-        seen = [None if value is None else self.sliced(value) for value in (values, base)]
+        # Only a perturbed weight reads a convolution's input.
+        seen = [None if value is None else self.sliced(value, kind != program.WEIGHT) for value in (values, base)]
         channels = [0 if value is None else value.shape[1] for value in (values, base)]
         addresses = [self.address(tensor) for tensor in (weight, seen[0], mean, scale, seen[1])]
         self.steps.append(
@@ -146,12 +150,6 @@ class Draft:
                 slope,
             )
         )
-
-    def result(self, node: Node) -> Tensor:
-        """The base value of a node; of several results the first."""
-        value = self.values[node]
-        first: Tensor = value[0] if isinstance(value, (tuple, list)) else value
-        return first
 
     def space_of(self, formula: Formula) -> Space:
         """Of what a formula gives."""
@@ -196,9 +194,9 @@ def two(values: Sequence[int], missing: int) -> tuple[int, int]:
     return given[0], given[1]
 
 
-def space_of(value: Tensor, thin: bool = False) -> Space:
+def space_of(shape: torch.Size, thin: bool = False) -> Space:
     """Of a base value [B, C, *space]; without axes of space it is one position."""
-    return Space(value.shape[1], *two(value.shape[2:4], 1), thin)
+    return Space(shape[1], *two(shape[2:4], 1), thin)
 
 
 def window(

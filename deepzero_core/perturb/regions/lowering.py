@@ -97,12 +97,12 @@ def _item(draft: Draft, node: Node) -> Formula:
 def _convolution(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
     _, kernel, _, stride, padding, dilation, turned, _, groups = arguments(node)
-    weight, inputs, outputs = draft.result(kernel), draft.result(source), draft.result(node)
-    _require(not turned and groups == 1 and weight.ndim == inputs.ndim and program.suits(outputs))
+    weight, outputs = draft.values[kernel], draft.values[node]
+    _require(not turned and groups == 1 and weight.ndim == outputs.ndim and program.suits(outputs))
     at = draft.closed(source)
     space = draft.spaces[at]
-    shape = window(space, space_of(outputs), weight.shape[2:], stride, padding, dilation)
-    target = draft.buffer(space_of(outputs))
+    shape = window(space, space_of(outputs.shape), weight.shape[2:], stride, padding, dilation)
+    target = draft.buffer(space_of(outputs.shape))
     plain: bool = (tuple(weight.shape[2:]), tuple(stride), tuple(dilation)) == ((3, 3), (1, 1), (1, 1))
     tiled = plain and min(outputs.shape[2:]) >= _WINOGRAD_SPACE
     if tiled and not space.thin and space.channels >= _WINOGRAD_CHANNELS:
@@ -157,14 +157,14 @@ def _relu(draft: Draft, node: Node) -> Formula:
 
 def _base_of(draft: Draft, formula: Formula, operand: Node) -> Tensor | None:
     """The base values of an operand; None where its formula knows them."""
-    return None if formula.normalised else draft.result(operand)
+    return None if formula.normalised else draft.values.first(operand)
 
 
 @lowers(aten.add.Tensor)
 def _sum(draft: Draft, node: Node) -> Formula:
     _require(not node.kwargs)
     operands: list[Node] = [arguments(node)[i] for i in _moving(draft, node)]
-    _require(all(draft.result(operand).shape == draft.result(node).shape for operand in operands))
+    _require(all(draft.values.shape(operand) == draft.values.shape(node) for operand in operands))
     if len(operands) == 1:
         return replace(draft.formulas[operands[0]], displaced=True)
     first, second = operands
@@ -183,32 +183,31 @@ def _sum(draft: Draft, node: Node) -> Formula:
 @lowers(aten.sub.Tensor)
 def _less_what_stays(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
-    _require(draft.result(source).shape == draft.result(node).shape)
+    _require(draft.values.shape(source) == draft.values.shape(node))
     return replace(draft.formulas[source], displaced=True)
 
 
 @lowers(aten.max_pool2d_with_indices.default)
 def _max_pool(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
-    _require(draft.read[node] <= {0} and draft.result(source).ndim == 4)
+    _require(draft.read[node] <= {0} and len(draft.values.shape(source)) == 4)
     _, kernel, *rest = arguments(node)
     given = [*rest, *[None] * 3][:3]
     stride, padding, dilation = (part or default for part, default in zip(given, (kernel, [0], [1]), strict=True))
     formula = draft.formulas[source]
     if formula.slope is None:
         formula = replace(formula, base=_base_of(draft, formula, source))
-    space, outputs = draft.space_of(formula), draft.result(node)
+    space, outputs = draft.space_of(formula), draft.values.first(node)
     per_axis = [[*part] * (3 - len(part)) for part in (kernel, stride, padding, dilation)]
-    shape = window(space, space_of(outputs), *per_axis)
+    shape = window(space, space_of(outputs.shape), *per_axis)
     return Formula(draft.pooled(formula, shape))
 
 
 @lowers(aten.mean.dim)
 def _mean(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
-    inputs = draft.result(source)
-    axes = sorted(axis % inputs.ndim for axis in arguments(node)[1])
-    _require(axes == list(range(2, inputs.ndim)) and not node.kwargs)
+    rank = len(draft.values.shape(source))
+    _require(sorted(axis % rank for axis in arguments(node)[1]) == list(range(2, rank)) and not node.kwargs)
     at = draft.closed(source)
     target = draft.buffer(replace(draft.spaces[at], height=1, width=1))
     draft.step(program.MEAN, source=at, target=target)
@@ -218,16 +217,16 @@ def _mean(draft: Draft, node: Node) -> Formula:
 @lowers(aten.slice.Tensor)
 def _slice(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
-    inputs = draft.result(source)
+    shape = draft.values.shape(source)
     given = arguments(node)[1:]
     filled: tuple[Any, ...] = given + (0, 0, None, 1)[len(given) :]
     dim, start, end, step = filled
-    axis = dim % inputs.ndim
-    first_kept, _, step = slice(start, end, step).indices(inputs.shape[axis])
-    if draft.result(node).shape == inputs.shape:
+    axis = dim % len(shape)
+    first_kept, _, step = slice(start, end, step).indices(shape[axis])
+    if draft.values.shape(node) == shape:
         return draft.formulas[source]
     _require(axis >= 2)
-    stride, first = [1] * (inputs.ndim - 2), [0] * (inputs.ndim - 2)
+    stride, first = [1] * (len(shape) - 2), [0] * (len(shape) - 2)
     stride[axis - 2], first[axis - 2] = step, -first_kept
     return _placed(draft, node, source, stride, first, 0)
 
@@ -235,7 +234,7 @@ def _slice(draft: Draft, node: Node) -> Formula:
 @lowers(aten.constant_pad_nd.default)
 def _pad(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
-    rank = draft.result(source).ndim
+    rank = len(draft.values.shape(source))
     amounts = [*arguments(node)[1], *[0] * (2 * rank)][: 2 * rank]
     before = amounts[::2][::-1]  # by axis
     channels = amounts[2 * (rank - 2) : 2 * (rank - 1)]
@@ -246,7 +245,7 @@ def _pad(draft: Draft, node: Node) -> Formula:
 def _placed(draft: Draft, node: Node, source: Node, stride: list[int], first: list[int], front: int) -> Formula:
     """out[c, h] = in[c − front, h·stride − first], 0 outside."""
     at = draft.closed(source)
-    space, outputs = draft.spaces[at], space_of(draft.result(node))
+    space, outputs = draft.spaces[at], space_of(draft.values.shape(node))
     target: Space = replace(outputs, thin=space.thin, shift=space.shift + front if space.thin else 0)
     ones = [1] * len(stride)
     shape = window(space, outputs, ones, stride, first, ones)

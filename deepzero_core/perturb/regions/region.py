@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from deepzero_core.perturb.base_values import BaseValues
 from deepzero_core.perturb.changes import AnyChange, Block, Change, OneHot, dense
 from deepzero_core.perturb.cost import Cost
 from deepzero_core.perturb.native import program
@@ -140,7 +141,7 @@ def plan(
     changed: Sequence[Node],
     needed: frozenset[Node],
     read: Mapping[Node, frozenset[int]],
-    values: Mapping[Node, Any],
+    values: BaseValues,
     packed: dict[Any, Tensor],
     bfloat16: bool,
 ) -> Region | None:
@@ -163,7 +164,7 @@ def plan(
         if entry.position:
             draft.formulas[entry.node] = _parameter_moved(draft, entry)
         else:
-            buffer = draft.buffer(space_of(inputs, entry.thin))
+            buffer = draft.buffer(space_of(inputs.shape, entry.thin))
             external[buffer] = 0
             draft.formulas[entry.operand] = Formula(buffer)
             lower(draft, entry.node)
@@ -202,15 +203,15 @@ def _exit(draft: Draft, node: Node, external: dict[int, int]) -> Exit:
     external.setdefault(buffer, len(external))
     shift = space.shift if space.thin else None
     channels = 1 if space.thin else space.channels
-    return Exit(node, draft.result(node).shape, external[buffer], channels, space.positions, shift)
+    return Exit(node, draft.values.shape(node), external[buffer], channels, space.positions, shift)
 
 
 def _parameter_moved(draft: Draft, entry: Entry) -> Formula:
     """The change behind the perturbed parameter's own operator: of one channel."""
-    node, outputs = entry.node, draft.result(entry.node)
+    node, outputs = entry.node, draft.values.first(entry.node)
     if not program.suits(outputs):
         raise UnsupportedError
-    target = draft.buffer(space_of(outputs, thin=True))
+    target = draft.buffer(space_of(outputs.shape, thin=True))
     if node.target is aten.native_batch_norm.default:
         if draft.read[node] - {0}:
             raise UnsupportedError
@@ -221,13 +222,13 @@ def _parameter_moved(draft: Draft, entry: Entry) -> Formula:
             draft.step(program.AFFINE, target=target)
         return Formula(target)
     operand, kernel, _, stride, padding, dilation, turned, *_ = arguments(node)
-    inputs, weight = draft.result(operand), draft.result(kernel)
+    inputs, weight = draft.values[operand], draft.values[kernel]
     if turned or weight.ndim != inputs.ndim:
         raise UnsupportedError
     if entry.position == 2:
         draft.step(program.AFFINE, target=target)
     else:
-        shape = window(space_of(inputs), space_of(outputs), weight.shape[2:], stride, padding, dilation)
+        shape = window(space_of(inputs.shape), space_of(outputs.shape), weight.shape[2:], stride, padding, dilation)
         draft.step(program.WEIGHT, target=target, values=inputs, shape=shape)
     return Formula(target)
 
