@@ -42,7 +42,7 @@ from deepzero_core.training.sources import Coordinates
 
 log = logging.getLogger(__name__)
 
-RANGES = 16
+RANGES = 32
 """Tasks per step: enough to balance a handful of workers, few enough that each takes far longer than its dispatch."""
 
 
@@ -230,8 +230,15 @@ class DistributedCGE:
             self.client.submit(_evaluate_base, self._name, held, key=self._key("base", state.name), pure=False),
             *(
                 self.client.submit(
-                    _evaluate, self._name, held, held_ranges, i, key=self._key("range", state.name, i), pure=False
-                )
+                    _evaluate,
+                    self._name,
+                    held,
+                    held_ranges,
+                    i,
+                    key=self._key("range", state.name, i),
+                    pure=False,
+                    priority=-i,
+                )  # fmt: skip
                 for i in range(len(ranges))
             ),
         ]

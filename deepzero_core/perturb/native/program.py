@@ -26,8 +26,8 @@ LOCAL, SHARED, EXTERNAL = range(3)
 NONE = -1
 
 _FLOAT = 4
-_CACHE = 8 << 20
-"""Bytes of changes that are in flight at once, where one perturbation has not more: what stays in an ordinary cache."""
+_CACHE = 4 << 20
+"""Bytes of changes that a thread has in flight, where one perturbation has not more: what stays in ordinary caches."""
 
 _Integer, _Floats = ctypes.c_int64, ctypes.c_void_p
 
@@ -99,7 +99,7 @@ class Program:
     def group(self, threads: int) -> int:
         """Perturbations that are in flight at once: as the caches hold, and enough for every thread to have a slice."""
         each = max(1, _FLOAT * self.slices * self.shared_floats)
-        return max(1, _CACHE // each, -(-threads // self.slices))
+        return max(1, threads * _CACHE // each, -(-threads // self.slices))
 
     def run(self, moved: Tensor, steps: Tensor, external: Sequence[Tensor]) -> None:
         """Evaluate perturbations.
