@@ -238,7 +238,7 @@ class DistributedCGE:
                     key=self._key("range", state.name, i),
                     pure=False,
                     priority=-i,
-                )  # fmt: skip
+                )
                 for i in range(len(ranges))
             ),
         ]
