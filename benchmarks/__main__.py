@@ -1,7 +1,9 @@
-"""`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative.
+"""`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative;
+`memory`: what an estimate needs beside a forward pass.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png
+python -m benchmarks memory --case dncnn17
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, plot
+from benchmarks import accuracy, memory, plot
 from benchmarks.cases import CASES
 from benchmarks.machine import machine
 from benchmarks.measure import Options, measure
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: measured what the arguments ask for; 1: the engine disagrees with its baselines; 2: the request was wrong."""
     try:
         options = _parser().parse_args(arguments)
-        (_accuracy if options.what == "accuracy" else _speed)(options)
+        {"speed": _speed, "accuracy": _accuracy, "memory": _memory}[options.what](options)
         return 0
     except DeepZeroError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -65,6 +67,15 @@ def _accuracy(options: argparse.Namespace) -> None:
         plot.draw(curves, options.plot)
 
 
+def _memory(options: argparse.Namespace) -> None:
+    cases = _known(options.case or list(CASES), list(CASES), "case")
+    _set_up(options)
+    facts = machine(options.threads, torch.device("cpu"))
+    found = memory.measure(cases, options.threads, _Report())
+    save(options.json, {"machine": facts, "peaks": [dataclasses.asdict(peaks) for peaks in found]})
+    memory.show(found)
+
+
 class _Report:
     """Lines on the error stream: seconds since the start, and what is being timed."""
 
@@ -79,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("speed", "accuracy"), default="speed")
+    parser.add_argument("what", nargs="?", choices=("speed", "accuracy", "memory"), default="speed")
     parser.add_argument("--case", action="append", help=f"one of {', '.join([*CASES, WORKERS])}; may be repeated; all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every contender; medians are shown")
@@ -87,7 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", help=f"of {', '.join(PRECISIONS)}, with commas; float32, for accuracy all of them"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", type=Path, help="where the numbers go; benchmarks.json, benchmarks-accuracy.json")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="where the numbers go; benchmarks.json, benchmarks-accuracy.json, benchmarks-memory.json",
+    )
     parser.add_argument("--plot", type=Path, help="accuracy only: where the picture goes")
     return parser
 
@@ -111,7 +126,9 @@ def _set_up(options: argparse.Namespace) -> None:
         raise RequestError(f"--device {options.device}: this machine has no CUDA device that torch can use")
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa cannot hold a difference at μ = 5e-3
-    options.json = options.json or Path("benchmarks-accuracy.json" if options.what == "accuracy" else "benchmarks.json")
+    options.json = options.json or Path(
+        "benchmarks.json" if options.what == "speed" else f"benchmarks-{options.what}.json"
+    )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ SPEED = {
     ("workers", "one worker", "cpu"): Bar(1.8, 1.95),
 }
 
+MEMORY = Bar(1.0, lower=True)
+"""GiB beside a plain forward pass, at the default budget."""
+
 # precision of the engine → bar; relative error against float64 CGE at μ = 5e-3, against autograd at μ = 1e-6
 AGAINST_CGE = {
     "value": Bar(2e-3, lower=True),

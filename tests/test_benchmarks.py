@@ -251,3 +251,11 @@ def test_a_wrong_request_is_answered_in_a_sentence(
 ) -> None:
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_peak_memory_is_that_of_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "peaks.json"
+    assert main(["memory", "--case", "cnn5", "--threads", "1", "--json", str(target)]) == 0
+    (peaks,) = json.loads(target.read_text())["peaks"]
+    assert peaks["case"] == "cnn5" and 0 < peaks["forward"] < peaks["engine"]
+    assert "GiB" in capsys.readouterr().out

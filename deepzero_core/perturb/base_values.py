@@ -1,4 +1,8 @@
-"""What the base pass leaves behind: the value of every node, where that is worth its memory."""
+"""What the base pass leaves behind: the value of every node, where that is worth its memory.
+
+Two kinds of values between operators that run as programs are not kept as they are: rectifiers' results, which are
+computed again when somebody asks, and what programs read, which is kept in slices alone.
+"""
 
 from typing import Any
 
@@ -14,26 +18,41 @@ _CHEAP = {aten.relu.default, aten.leaky_relu.default}
 
 
 class BaseValues(dict[Node, Any]):
-    """Base values by node. What `release` has let go is computed again when it is asked for."""
+    """Base values by node."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._shapes: dict[Node, torch.Size] = {}
+        self._likeness: dict[Node, Tensor] = {}
+        self._slices: dict[Node, Tensor] = {}
 
     def __missing__(self, node: Node) -> Any:
-        if node not in self._shapes:
-            raise KeyError(node)
-        assert callable(node.target)
-        return node.target(*bases(node.args, self))
+        if node in self._slices:
+            return program.from_slices(self._slices[node], len(self._likeness[node]))
+        if node in self._likeness:
+            assert callable(node.target)
+            return node.target(*bases(node.args, self))
+        raise KeyError(node)
 
-    def release(self) -> None:
-        """Let go of the rectifiers' results between operators that run as programs: these do without most of them."""
-        for node in [node for node, value in self.items() if node.target in _CHEAP and program.suits(value)]:
-            self._shapes[node] = self.pop(node).shape
+    def release(self, node: Node) -> None:
+        """Let a value go that nothing else in the base pass reads, where it is cheap to compute again."""
+        if node.target in _CHEAP and program.suits(self[node]):
+            self._forget(node)
 
-    def shape(self, node: Node) -> torch.Size:
-        """Of a node's value; of several results the first."""
-        return self._shapes[node] if node in self._shapes else self.first(node).shape
+    def sliced(self, node: Node) -> Tensor:
+        """A value [B, C, *space] in slices, and from now on only so."""
+        if node not in self._slices:
+            self._slices[node] = program.in_slices(self[node])
+            if node not in self._likeness:
+                self._forget(node)
+        return self._slices[node]
+
+    def _forget(self, node: Node) -> None:
+        value = self.pop(node)
+        self._likeness[node] = value.new_empty(1).expand(value.shape)
+
+    def like(self, node: Node) -> Tensor:
+        """A tensor of a value's shape, type and device, of several results the first; whatever is in it."""
+        return self._likeness[node] if node in self._likeness else self.first(node)
 
     def first(self, node: Node) -> Tensor:
         """A node's value; of several results the first."""

@@ -100,6 +100,7 @@ class TracedEvaluator:
         self.situation = situation
         self._trace = trace
         self._probes: dict[str, _Probe] = {}
+        self._last_read = _last_uses(trace.nodes)
         self._last_use = {name: _last_uses(nodes) for name, nodes in trace.reads.items()}
         self._results_read = {node: trace.results_read(node) for nodes in trace.reads.values() for node in nodes}
 
@@ -121,7 +122,8 @@ class TracedEvaluator:
                 else:
                     assert callable(node.target)
                     values[node] = node.target(*bases(node.args, values), **bases(node.kwargs, values))
-        values.release()
+                for read in self._last_read.get(node, ()):
+                    values.release(read)
         return BasePass(*self._trace.unflatten(results), parameters, _Cache(values), state)
 
     def coordinates(self, base: BasePass, chunk: Chunk, step: float, precision: str = "float32") -> Tensor:

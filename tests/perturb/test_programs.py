@@ -246,7 +246,7 @@ def test_every_chain(pool: str, norm: bool, thin: bool) -> None:
             mean, variance = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
             scale = (variance + 1e-5).rsqrt().float()
             draft.norms.append(
-                Statistics(source, draft.sliced(given.values), mean.float(), scale, given.gamma, given.beta)
+                Statistics(source, program.in_slices(given.values), mean.float(), scale, given.gamma, given.beta)
             )
             draft.step(program.MOMENTS, source=source, norm=0)
             formula = Formula(source, norm=0)
@@ -267,7 +267,7 @@ def test_every_chain(pool: str, norm: bool, thin: bool) -> None:
             before, after = F.leaky_relu(before, slope), F.leaky_relu(after, slope)
         formula = Formula(
             formula.source, norm=formula.norm, residual=formula.residual, slope=slope,
-            base=base if slope is not None or pool != "none" else None,
+            base=program.in_slices(base) if base is not None and (slope is not None or pool != "none") else None,
         )  # fmt: skip
         chosen = WINDOWS[pool]
         if chosen is None:
@@ -294,7 +294,7 @@ def test_a_long_sum_is_as_exact_as_a_short_one() -> None:
     source = draft.buffer(space_of(values.shape))
     wide = values.double()
     scale = (wide.var(correction=0) + 1e-5).rsqrt().float().view(1)
-    draft.norms.append(Statistics(source, draft.sliced(values), wide.mean().float().view(1), scale, None, None))
+    draft.norms.append(Statistics(source, program.in_slices(values), wide.mean().float().view(1), scale, None, None))
     draft.step(program.MOMENTS, source=source, norm=0)
     target = draft.evaluated(Formula(source, norm=0))
     found = run(draft, {source: delta}, target)[0].double()
@@ -308,7 +308,7 @@ def test_nothing_cancels() -> None:
     draft = empty(18)
     source = draft.buffer(space_of(given.delta[0].shape))
     shape = window(draft.spaces[source], space_of(torch.Size([1, CHANNELS, 2, 3])), (2, 2), (2, 2), (0, 0), (1, 1))
-    target = draft.pooled(Formula(source, base=given.base, slope=0.0), shape)
+    target = draft.pooled(Formula(source, base=program.in_slices(given.base), slope=0.0), shape)
     small = 1e-7 * given.delta
     found = run(draft, {source: small}, target)
     y = given.base.double()

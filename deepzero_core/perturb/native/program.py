@@ -165,7 +165,8 @@ def suits(value: Tensor) -> bool:
 def in_slices(value: Tensor, batch_axis: int = 0) -> Tensor:
     """[…, B, C, *space] → […, S, C, *space, lanes]."""
     batch = value.movedim(batch_axis, -1)
-    filled: Tensor = F.pad(batch, (0, -batch.shape[-1] % lanes()))
+    missing = -batch.shape[-1] % lanes()
+    filled: Tensor = F.pad(batch, (0, missing)) if missing else batch
     sliced: Tensor = filled.unflatten(-1, (-1, lanes())).movedim(-2, batch_axis)
     return sliced.contiguous()
 

@@ -92,7 +92,7 @@ class Draft:
     values: BaseValues
     read: Mapping[Node, frozenset[int]]
     packed: dict[Any, Tensor]
-    """What other regions of the same base pass have packed: base values in slices, weights."""
+    """Weights that other regions of the same base pass have packed."""
     bfloat16: bool
     batch: int
     spaces: list[Space] = field(default_factory=list)
@@ -112,12 +112,6 @@ class Draft:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def sliced(self, value: Tensor, shared: bool = True) -> Tensor:
-        """Base values [B, C, *space] in slices; `shared`: with other regions of the base pass."""
-        if not shared:
-            return program.in_slices(value)
-        return self.once(("slices", id(value)), value, lambda: program.in_slices(value))
-
     def once(self, key: Any, owner: Tensor, compute: Any) -> Tensor:
         """Computed once for a base pass. `owner` is kept, so that its id stays its own."""
         if key not in self.packed:
@@ -129,11 +123,9 @@ class Draft:
              shape: Shape | None = None, weight: Tensor | None = None, values: Tensor | None = None,
              mean: Tensor | None = None, scale: Tensor | None = None, base: Tensor | None = None,
              rectify: bool = False, pool: bool = False, front: int = 0, slope: float = 0.0) -> None:  # fmt: skip
-        """`values` and `base` are base values [B, C, *space]."""
-        # Only a perturbed weight reads a convolution's input.
-        seen = [None if value is None else self.sliced(value, kind != program.WEIGHT) for value in (values, base)]
+        """`values` and `base` are base values in slices, [S, C, *space, lanes]."""
         channels = [0 if value is None else value.shape[1] for value in (values, base)]
-        addresses = [self.address(tensor) for tensor in (weight, seen[0], mean, scale, seen[1])]
+        addresses = [self.address(tensor) for tensor in (weight, values, mean, scale, base)]
         self.steps.append(
             Step(
                 kind,

@@ -97,7 +97,7 @@ def _item(draft: Draft, node: Node) -> Formula:
 def _convolution(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
     _, kernel, _, stride, padding, dilation, turned, _, groups = arguments(node)
-    weight, outputs = draft.values[kernel], draft.values[node]
+    weight, outputs = draft.values[kernel], draft.values.like(node)
     _require(not turned and groups == 1 and weight.ndim == outputs.ndim and program.suits(outputs))
     at = draft.closed(source)
     space = draft.spaces[at]
@@ -121,26 +121,26 @@ def _convolution(draft: Draft, node: Node) -> Formula:
 def _batch_norm(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
     _require(draft.read[node] <= {0})
-    inputs, gamma, mean, scale = norm_of(draft, node)
-    _require(program.suits(inputs))
+    gamma, mean, scale = norm_of(draft, node)
+    _require(program.suits(draft.values.like(source)))
     at = draft.closed(source)
     if not node.args[5]:
         return Formula(at, scale=scale if gamma is None else scale * gamma)
     beta = as_float(_base(draft, node.args[2]))
-    draft.norms.append(Statistics(at, draft.sliced(inputs), mean, scale, gamma, beta))
+    draft.norms.append(Statistics(at, draft.values.sliced(source), mean, scale, gamma, beta))
     norm = len(draft.norms) - 1
     draft.step(program.MOMENTS, source=at, norm=norm)
     return Formula(at, norm=norm)
 
 
-def norm_of(draft: Draft, node: Node) -> tuple[Any, Any, Any, Any]:
-    """The operand of a normalisation, γ, and by channel its mean and (v + ε)^−½."""
-    inputs, gamma, _, mean, variance, training, _, epsilon = (_base(draft, argument) for argument in arguments(node))
+def norm_of(draft: Draft, node: Node) -> tuple[Any, Any, Any]:
+    """Of a normalisation, by channel: γ, the mean and (v + ε)^−½ of its operand."""
+    gamma, _, mean, variance, training, _, epsilon = (_base(draft, argument) for argument in arguments(node)[1:])
     if training:
         mean, scale = draft.values[node][1:]
     else:
         scale = (variance + epsilon).rsqrt()
-    return inputs, as_float(gamma), as_float(mean), as_float(scale)
+    return as_float(gamma), as_float(mean), as_float(scale)
 
 
 @lowers(aten.relu.default, aten.leaky_relu.default)
@@ -156,15 +156,15 @@ def _relu(draft: Draft, node: Node) -> Formula:
 
 
 def _base_of(draft: Draft, formula: Formula, operand: Node) -> Tensor | None:
-    """The base values of an operand; None where its formula knows them."""
-    return None if formula.normalised else draft.values.first(operand)
+    """The base values of an operand, in slices; None where its formula knows them."""
+    return None if formula.normalised else draft.values.sliced(operand)
 
 
 @lowers(aten.add.Tensor)
 def _sum(draft: Draft, node: Node) -> Formula:
     _require(not node.kwargs)
     operands: list[Node] = [arguments(node)[i] for i in _moving(draft, node)]
-    _require(all(draft.values.shape(operand) == draft.values.shape(node) for operand in operands))
+    _require(all(draft.values.like(operand).shape == draft.values.like(node).shape for operand in operands))
     if len(operands) == 1:
         return replace(draft.formulas[operands[0]], displaced=True)
     first, second = operands
@@ -183,21 +183,21 @@ def _sum(draft: Draft, node: Node) -> Formula:
 @lowers(aten.sub.Tensor)
 def _less_what_stays(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
-    _require(draft.values.shape(source) == draft.values.shape(node))
+    _require(draft.values.like(source).shape == draft.values.like(node).shape)
     return replace(draft.formulas[source], displaced=True)
 
 
 @lowers(aten.max_pool2d_with_indices.default)
 def _max_pool(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
-    _require(draft.read[node] <= {0} and len(draft.values.shape(source)) == 4)
+    _require(draft.read[node] <= {0} and len(draft.values.like(source).shape) == 4)
     _, kernel, *rest = arguments(node)
     given = [*rest, *[None] * 3][:3]
     stride, padding, dilation = (part or default for part, default in zip(given, (kernel, [0], [1]), strict=True))
     formula = draft.formulas[source]
     if formula.slope is None:
         formula = replace(formula, base=_base_of(draft, formula, source))
-    space, outputs = draft.space_of(formula), draft.values.first(node)
+    space, outputs = draft.space_of(formula), draft.values.like(node)
     per_axis = [[*part] * (3 - len(part)) for part in (kernel, stride, padding, dilation)]
     shape = window(space, space_of(outputs.shape), *per_axis)
     return Formula(draft.pooled(formula, shape))
@@ -206,7 +206,7 @@ def _max_pool(draft: Draft, node: Node) -> Formula:
 @lowers(aten.mean.dim)
 def _mean(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
-    rank = len(draft.values.shape(source))
+    rank = len(draft.values.like(source).shape)
     _require(sorted(axis % rank for axis in arguments(node)[1]) == list(range(2, rank)) and not node.kwargs)
     at = draft.closed(source)
     target = draft.buffer(replace(draft.spaces[at], height=1, width=1))
@@ -217,13 +217,13 @@ def _mean(draft: Draft, node: Node) -> Formula:
 @lowers(aten.slice.Tensor)
 def _slice(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
-    shape = draft.values.shape(source)
+    shape = draft.values.like(source).shape
     given = arguments(node)[1:]
     filled: tuple[Any, ...] = given + (0, 0, None, 1)[len(given) :]
     dim, start, end, step = filled
     axis = dim % len(shape)
     first_kept, _, step = slice(start, end, step).indices(shape[axis])
-    if draft.values.shape(node) == shape:
+    if draft.values.like(node).shape == shape:
         return draft.formulas[source]
     _require(axis >= 2)
     stride, first = [1] * (len(shape) - 2), [0] * (len(shape) - 2)
@@ -234,7 +234,7 @@ def _slice(draft: Draft, node: Node) -> Formula:
 @lowers(aten.constant_pad_nd.default)
 def _pad(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
-    rank = len(draft.values.shape(source))
+    rank = len(draft.values.like(source).shape)
     amounts = [*arguments(node)[1], *[0] * (2 * rank)][: 2 * rank]
     before = amounts[::2][::-1]  # by axis
     channels = amounts[2 * (rank - 2) : 2 * (rank - 1)]
@@ -245,7 +245,7 @@ def _pad(draft: Draft, node: Node) -> Formula:
 def _placed(draft: Draft, node: Node, source: Node, stride: list[int], first: list[int], front: int) -> Formula:
     """out[c, h] = in[c − front, h·stride − first], 0 outside."""
     at = draft.closed(source)
-    space, outputs = draft.spaces[at], space_of(draft.values.shape(node))
+    space, outputs = draft.spaces[at], space_of(draft.values.like(node).shape)
     target: Space = replace(outputs, thin=space.thin, shift=space.shift + front if space.thin else 0)
     ones = [1] * len(stride)
     shape = window(space, outputs, ones, stride, first, ones)

@@ -155,7 +155,7 @@ def plan(
         packed: see `Draft`.
         bfloat16: whether products may be rounded.
     """
-    inputs = values[arguments(entry.node)[0]]
+    inputs = values.like(arguments(entry.node)[0])
     if not program.suits(inputs):
         return None
     draft = Draft(values, read, packed, bfloat16, len(inputs))
@@ -203,33 +203,35 @@ def _exit(draft: Draft, node: Node, external: dict[int, int]) -> Exit:
     external.setdefault(buffer, len(external))
     shift = space.shift if space.thin else None
     channels = 1 if space.thin else space.channels
-    return Exit(node, draft.values.shape(node), external[buffer], channels, space.positions, shift)
+    return Exit(node, draft.values.like(node).shape, external[buffer], channels, space.positions, shift)
 
 
 def _parameter_moved(draft: Draft, entry: Entry) -> Formula:
     """The change behind the perturbed parameter's own operator: of one channel."""
-    node, outputs = entry.node, draft.values.first(entry.node)
+    node, outputs = entry.node, draft.values.like(entry.node)
     if not program.suits(outputs):
         raise UnsupportedError
     target = draft.buffer(space_of(outputs.shape, thin=True))
     if node.target is aten.native_batch_norm.default:
         if draft.read[node] - {0}:
             raise UnsupportedError
-        inputs, _, mean, scale = norm_of(draft, node)
+        _, mean, scale = norm_of(draft, node)
         if entry.position == 1:
-            draft.step(program.AFFINE, target=target, values=inputs, mean=mean, scale=scale)
+            values = draft.values.sliced(arguments(node)[0])
+            draft.step(program.AFFINE, target=target, values=values, mean=mean, scale=scale)
         else:
             draft.step(program.AFFINE, target=target)
         return Formula(target)
     operand, kernel, _, stride, padding, dilation, turned, *_ = arguments(node)
-    inputs, weight = draft.values[operand], draft.values[kernel]
+    inputs, weight = draft.values.like(operand), draft.values[kernel]
     if turned or weight.ndim != inputs.ndim:
         raise UnsupportedError
     if entry.position == 2:
         draft.step(program.AFFINE, target=target)
     else:
         shape = window(space_of(inputs.shape), space_of(outputs.shape), weight.shape[2:], stride, padding, dilation)
-        draft.step(program.WEIGHT, target=target, values=inputs, shape=shape)
+        # Nobody else reads a convolution's input: these slices are given up with the region.
+        draft.step(program.WEIGHT, target=target, values=program.in_slices(draft.values[operand]), shape=shape)
     return Formula(target)
 
 
