@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich import box
@@ -78,5 +79,13 @@ def peak(name: str, threads: int, engine: bool) -> int:
         }
         del base
         cge(*what, coordinates=chunks, evaluator=evaluator)
+    return _most_held()
+
+
+def _most_held() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # `getrusage` would count what the parent held when it started this process
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform == "darwin" else held * 1024
