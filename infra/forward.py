@@ -42,8 +42,8 @@ from deepzero_core.training.sources import Coordinates
 
 log = logging.getLogger(__name__)
 
-RANGES = 32
-"""Tasks per step: enough to balance a handful of workers, few enough that each takes far longer than its dispatch."""
+RANGES = 24
+"""Tasks per step: enough for a dozen workers to end together, few enough that sending them costs next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class DistributedCGE:
     client: Client
     problem: Problem
     timeout_s: float = 60.0
-    _name: str = field(default_factory=lambda: f"deepzero-forward-{uuid4().hex}")
+    _name: str = field(default_factory=lambda: uuid4().hex)
     _evaluator: Evaluator | None = None
     _ranges: tuple[Coordinates | None, list[Range], Future, Cost] | None = None
 
@@ -251,13 +251,12 @@ class DistributedCGE:
     def _cut(
         self, evaluator: Evaluator, chosen: Mapping[str, Tensor], base: BasePass
     ) -> tuple[list[Range], Future, Cost]:
-        """Ranges of nearly equal cost, heaviest first, for a mask; the workers hold them. And the cost of all."""
+        """Ranges for a mask, large ones first; the workers hold them. And the cost of all."""
         memory = self.problem.memory
         parts = [(chunk.name, chunk.indices.numpy()) for chunk in chunks(evaluator, base, chosen, memory)]
         each = {name: total(evaluator.cost(base, name)).seconds(NOMINAL) for name in chosen}
         costs = [len(indices) * each[name] for name, indices in parts]
-        groups = balanced(costs, RANGES)
-        groups.sort(key=lambda group: -sum(costs[i] for i in group))
+        groups = tapered(costs, RANGES)
         ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
         held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
         return ranges, held, work(evaluator, base, chosen, self.problem.difference)
@@ -307,8 +306,9 @@ class DistributedCGE:
         if isinstance(message, dict) and message.get("action") == "add-worker":
             log.info("Dask worker %s joined", message.get("worker"))
 
-    def _key(self, *parts: object) -> str:
-        return "-".join([self._name, *(str(part) for part in parts)])
+    def _key(self, kind: str, *parts: object) -> str:
+        """Kind first: by it Dask knows ranges for a group of their own, and keeps them in one queue for all workers."""
+        return "-".join(["deepzero", kind, self._name, *(str(part) for part in parts)])
 
 
 def _joined(ranges: Sequence[Range], results: Sequence[list[np.ndarray]]) -> dict[str, Tensor]:
@@ -321,14 +321,19 @@ def _joined(ranges: Sequence[Range], results: Sequence[list[np.ndarray]]) -> dic
     return {name: torch.from_numpy(np.concatenate([v for _, v in parts])) for name, parts in ordered.items()}
 
 
-def balanced(costs: Sequence[float], groups: int) -> list[list[int]]:
-    """Split positions into at most `groups` consecutive runs of nearly equal total cost."""
-    total, runs, spent = sum(costs), [], 0.0
+def tapered(costs: Sequence[float], groups: int) -> list[list[int]]:
+    """Split positions into at most `groups` consecutive runs, each of a smaller share of the cost than the one before.
+
+    Shares fall linearly, (1 − (1 − k/groups)²) of the total in the first k: taken from one queue, the last ones are
+    small enough for all workers to end together, and the first ones leave few tasks to be sent.
+    """
+    total, spent, runs = sum(costs), 0.0, []
     current: list[int] = []
     for position, cost in enumerate(costs):
         current.append(position)
         spent += cost
-        if len(runs) + 1 < groups and spent >= total * (len(runs) + 1) / groups - 1e-12 * total:
+        share = 1 - (1 - (len(runs) + 1) / groups) ** 2
+        if len(runs) + 1 < groups and spent >= total * share - 1e-12 * total:
             runs.append(current)
             current = []
     return [*runs, current] if current else runs

@@ -30,7 +30,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 _MAX_CHUNK = 4096
-_CHUNK_FLOPS = 20e9
+_CHUNK_FLOPS = 4e9
 """Operations of a region in one call of the kernels: tenths of a second, in which no signal is handled."""
 
 

@@ -24,7 +24,7 @@ from deepzero_core.errors import WorkError
 from deepzero_core.training import Batch, CGESource, Schedule, Trainer, TrainingSettings
 from infra import cluster
 from infra.cluster import connect
-from infra.forward import RANGES, DistributedCGE, Problem, balanced
+from infra.forward import RANGES, DistributedCGE, Problem, tapered
 
 MEMORY = 1 << 20
 
@@ -270,22 +270,25 @@ def test_a_network_that_kills_its_workers_is_a_failure_of_the_work(
         source.estimate(module, batch, None)
 
 
+def shares(groups: int) -> list[float]:
+    """Of the total cost, by group: falling linearly."""
+    return [(2 * (groups - k) - 1) / groups**2 for k in range(groups)]
+
+
 @given(costs=st.lists(st.floats(1e-6, 1e6), max_size=200), groups=st.integers(1, 20))
-def test_balanced_keeps_order_and_bounds_the_largest_group(costs: list[float], groups: int) -> None:
-    runs = balanced(costs, groups)
+def test_tapered_keeps_order_and_bounds_every_group(costs: list[float], groups: int) -> None:
+    runs = tapered(costs, groups)
     assert [position for run in runs for position in run] == list(range(len(costs)))
     assert len(runs) <= groups
     assert all(runs)
-    for run in runs:
-        assert sum(costs[i] for i in run) <= sum(costs) / groups + max(costs) + 1e-9 * sum(costs)
+    for run, share in zip(runs, shares(groups), strict=False):
+        assert sum(costs[i] for i in run) <= sum(costs) * share + max(costs) + 1e-9 * sum(costs)
 
 
-@given(count=st.integers(1, 400), groups=st.integers(1, 20))
-def test_balanced_splits_equal_costs_evenly(count: int, groups: int) -> None:
-    sizes = [len(run) for run in balanced([0.1] * count, groups)]
-    assert len(sizes) == min(count, groups)
-    assert max(sizes) - min(sizes) <= 1
+def test_tapered_gives_each_group_less_than_the_one_before() -> None:
+    sizes = [len(run) for run in tapered([0.1] * 10_000, 10)]
+    assert sizes == [1900, 1700, 1500, 1300, 1100, 900, 700, 500, 300, 100]
 
 
-def test_balanced_of_nothing_is_nothing() -> None:
-    assert balanced([], 16) == []
+def test_tapered_of_nothing_is_nothing() -> None:
+    assert tapered([], 16) == []
