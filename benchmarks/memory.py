@@ -21,6 +21,8 @@ from deepzero_core.perturb import prepare
 from deepzero_core.perturb.objective import state_of
 
 GIB = 1 << 30
+_LIMIT_S = 3600
+"""For one process: a chunk of every parameter takes minutes at most."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def show(found: Sequence[Peaks]) -> None:
 
 def _apart(case: str, threads: int, engine: bool) -> int:
     program = f"from benchmarks.memory import peak; print(peak({case!r}, {threads}, {engine}))"
-    run = subprocess.run([sys.executable, "-c", program], check=True, text=True, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, timeout=_LIMIT_S)
     return int(run.stdout)
 
 

@@ -61,8 +61,8 @@ struct Run {  // one call: `group` perturbations at a time
   std::vector<float> coefficients;  // [group, channels, 3]
 };
 
-struct Slice {  // where the steps of one slice find what they need
-  const Run& run;
+struct Slice {  // where the steps of one slice find what they need, and leave its sums
+  Run& run;
   Index in_group, perturbation, number;
   float* local;
   float* scratch;
@@ -142,7 +142,7 @@ static void perform(const Slice& s, const Step& step) {
         moments(s.at(*source) + c * source->length,
                 norm.values + (s.number * norm.all_channels + first + c) * source->length, norm.mean[first + c],
                 source->length, s.examples(),
-                const_cast<double*>(&s.run.sums[2 * ((s.in_group * p.slices + s.number) * p.channels + norm.sums + c)]));
+                &s.run.sums[2 * ((s.in_group * p.slices + s.number) * p.channels + norm.sums + c)]);
       return;
     }
     case CHAIN: return chain(s, step);

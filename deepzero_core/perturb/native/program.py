@@ -12,6 +12,7 @@ on the number of threads nor on how many perturbations are evaluated together.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any, ClassVar
 
@@ -101,6 +102,24 @@ class Program:
         each = max(1, _FLOAT * self.slices * self.shared_floats)
         return max(1, threads * _CACHE // each, -(-threads // self.slices))
 
+    @cached_property
+    def _scratch(self) -> int:
+        """Floats that one thread's operators need for themselves."""
+        return max((_scratch(step) for step in self.steps), default=0)
+
+    @cached_property
+    def _compiled(self) -> _Program:
+        """As the kernels read it; the structure keeps its arrays alive."""
+        arrays = (
+            _array(Step, self.steps), _array(Buffer, self.buffers), _array(Norm, self.norms),
+            _array(_Integer, self.phase_ends),
+        )  # fmt: skip
+        return _Program(
+            *(ctypes.cast(array, _Floats) for array in arrays),
+            len(self.phase_ends), len(self.norms), self.slices, self.batch,
+            self.local_floats, self.shared_floats, self._scratch, self.channels,
+        )  # fmt: skip
+
     def run(self, moved: Tensor, steps: Tensor, external: Sequence[Tensor]) -> None:
         """Evaluate perturbations.
 
@@ -112,20 +131,12 @@ class Program:
         kernels = library()
         assert kernels is not None
         threads = torch.get_num_threads()
-        sequence, buffers = (Step * len(self.steps))(*self.steps), (Buffer * len(self.buffers))(*self.buffers)
-        norms, ends = (Norm * len(self.norms))(*self.norms), (_Integer * len(self.phase_ends))(*self.phase_ends)
-        scratch = max((_scratch(step) for step in self.steps), default=0)
-        program = _Program(
-            *(ctypes.cast(array, _Floats) for array in (sequence, buffers, norms, ends)),
-            len(self.phase_ends), len(self.norms), self.slices, self.batch,
-            self.local_floats, self.shared_floats, scratch, self.channels,
-        )  # fmt: skip
         group = min(self.group(threads), len(moved))
-        local = torch.empty(threads, self.local_floats + scratch)
+        local = torch.empty(threads, self.local_floats + self._scratch)
         shared = torch.empty(group * self.slices * self.shared_floats)
         pointers = (_Floats * len(external))(*(tensor.data_ptr() for tensor in external))
         kernels.deepzero_run(
-            ctypes.byref(program), _Floats(moved.data_ptr()), _Floats(steps.data_ptr()), _Integer(len(moved)),
+            ctypes.byref(self._compiled), _Floats(moved.data_ptr()), _Floats(steps.data_ptr()), _Integer(len(moved)),
             _Integer(group), _Floats(local.data_ptr()), _Floats(shared.data_ptr()), pointers, threads,
         )  # fmt: skip
 
@@ -136,6 +147,10 @@ def _scratch(step: Step) -> int:
     if step.kind not in (CONVOLVE, WINOGRAD, WINOGRAD_BFLOAT16):
         return 0
     return int(kernels.deepzero_scratch(ctypes.byref(step.shape), int(step.kind != CONVOLVE)))
+
+
+def _array(kind: Any, items: Sequence[Any]) -> Any:
+    return (kind * len(items))(*items)
 
 
 def lanes() -> int:

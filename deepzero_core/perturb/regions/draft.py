@@ -124,24 +124,16 @@ class Draft:
              mean: Tensor | None = None, scale: Tensor | None = None, base: Tensor | None = None,
              rectify: bool = False, pool: bool = False, front: int = 0, slope: float = 0.0) -> None:  # fmt: skip
         """`values` and `base` are base values in slices, [S, C, *space, lanes]."""
-        channels = [0 if value is None else value.shape[1] for value in (values, base)]
-        addresses = [self.address(tensor) for tensor in (weight, values, mean, scale, base)]
         self.steps.append(
             Step(
-                kind,
-                source,
-                residual,
-                target,
-                norm,
-                shape or Shape(),
-                *addresses,
-                *channels,
-                rectify,
-                pool,
-                front,
-                slope,
+                kind=kind, source=source, residual=residual, target=target, norm=norm, shape=shape or Shape(),
+                weight=self.address(weight), values=self.address(values), mean=self.address(mean),
+                scale=self.address(scale), base=self.address(base),
+                values_channels=0 if values is None else values.shape[1],
+                base_channels=0 if base is None else base.shape[1],
+                rectify=rectify, pool=pool, front=front, slope=slope,
             )
-        )
+        )  # fmt: skip
 
     def space_of(self, formula: Formula) -> Space:
         """Of what a formula gives."""
