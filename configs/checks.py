@@ -6,8 +6,8 @@ same answer is given on the command line and wherever else an Experiment is vali
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -18,7 +18,7 @@ from configs.schema import SPARSE_METHODS
 from deepzero_core.errors import suggest
 
 if TYPE_CHECKING:
-    from configs.schema import Experiment
+    from configs.schema import DataConfig, Experiment, ModelConfig
 
 Problem = tuple[str, str]
 
@@ -29,12 +29,12 @@ _ADDRESS = re.compile(
 _CALLABLE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
-def raise_problems(experiment: "Experiment") -> None:
+def raise_problems(experiment: Any, checks: "Sequence[Callable[[Any], Iterator[Problem]]] | None" = None) -> None:
     """Raise pydantic's ValidationError with one error per problem; do nothing when there is none."""
-    found = [problem for check in _CHECKS for problem in check(experiment)]
+    found = [problem for check in checks or _CHECKS for problem in check(experiment)]
     if found:
         raise ValidationError.from_exception_data(
-            "Experiment",
+            type(experiment).__name__,
             [
                 InitErrorDetails(
                     # The reason goes in as a value: braces in it are text, not a template.
@@ -59,7 +59,8 @@ def _train_examples(experiment: "Experiment") -> int | None:
     return min(known) if known else None
 
 
-def _data(experiment: "Experiment") -> Iterator[Problem]:
+def data_set(experiment: Any) -> Iterator[Problem]:
+    """Of the section `data`."""
     data = experiment.data
     facts = DATA_SETS.get(data.name)
     if facts is None:
@@ -86,21 +87,27 @@ def _data(experiment: "Experiment") -> Iterator[Problem]:
 
 
 def _model(experiment: "Experiment") -> Iterator[Problem]:
-    model, facts = experiment.model, DATA_SETS.get(experiment.data.name)
+    for key, reason in network(experiment.model, experiment.data):
+        yield f"model.{key}", reason
+
+
+def network(model: "ModelConfig", data: "DataConfig") -> Iterator[Problem]:
+    """Of a classifier for the data set, keys below its own."""
+    facts = DATA_SETS.get(data.name)
     if ":" in model.name:
         if not _CALLABLE.fullmatch(model.name):
-            yield "model.name", f"{model.name!r} does not have the form package.module:callable"
+            yield "name", f"{model.name!r} does not have the form package.module:callable"
         return
     if model.name not in MODELS:
         hint = suggest(model.name, MODELS)
-        yield "model.name", f"there is no model {model.name!r}; {hint} (your own is named package.module:callable)"
+        yield "name", f"there is no model {model.name!r}; {hint} (your own is named package.module:callable)"
         return
     if model.arguments:
-        yield "model.arguments", f"model {model.name!r} takes none; they are for your own package.module:callable"
-    side = experiment.data.image_size or (facts.image_size if facts else None)
+        yield "arguments", f"model {model.name!r} takes none; they are for your own package.module:callable"
+    side = data.image_size or (facts.image_size if facts else None)
     if model.name == "cnn" and side is not None and 2**model.depth > side:
         yield (
-            "model.depth",
+            "depth",
             f"every block halves the image, so that {model.depth} blocks are too many for {side}x{side} pixels; "
             f"at most {max(side.bit_length() - 1, 0)} are possible",
         )
@@ -167,7 +174,8 @@ def _baselines(experiment: "Experiment") -> Iterator[Problem]:
             yield f"baselines.{index}", f"{method!r} is what is trained already (training.method)"
 
 
-def _certification(experiment: "Experiment") -> Iterator[Problem]:
+def certification(experiment: Any) -> Iterator[Problem]:
+    """Of the section `certification`."""
     settings = experiment.certification
     if len(set(settings.radii)) < len(settings.radii):
         yield "certification.radii", "a radius stands there twice"
@@ -181,28 +189,29 @@ def _certification(experiment: "Experiment") -> Iterator[Problem]:
         )
 
 
-def _cluster(experiment: "Experiment") -> Iterator[Problem]:
-    cluster = experiment.cluster
-    if cluster.address is None:
+def cluster(experiment: Any) -> Iterator[Problem]:
+    """Of the section `cluster`."""
+    settings = experiment.cluster
+    if settings.address is None:
         return
-    if cluster.workers == 0:
+    if settings.workers == 0:
         yield (
             "cluster.workers",
             "0 evaluates in this process, but cluster.address names a running cluster: leave one of them out",
         )
-    match = _ADDRESS.fullmatch(cluster.address)
+    match = _ADDRESS.fullmatch(settings.address)
     if match is None or not 0 < int(match["port"]) < 65_536:
-        yield "cluster.address", f"{cluster.address!r} does not have the form tcp://host:port"
+        yield "cluster.address", f"{settings.address!r} does not have the form tcp://host:port"
     elif match["scheme"] and match["scheme"] not in _SCHEMES:
         yield "cluster.address", f"Dask has no transport {match['scheme']!r}; {suggest(match['scheme'], _SCHEMES)}"
 
 
 _CHECKS: tuple[Callable[["Experiment"], Iterator[Problem]], ...] = (
-    _data,
+    data_set,
     _model,
     _pruning,
     _training,
     _baselines,
-    _certification,
-    _cluster,
+    certification,
+    cluster,
 )

@@ -1,58 +1,53 @@
-"""Reading, overriding, validating and writing experiments.
+"""Reading, overriding, validating and writing experiments: what a flow is told, in the schema of that flow.
 
 Whatever is wrong with a configuration, its text or an override becomes a RequestError with one sentence per mistake.
 """
 
 import importlib.resources
-import json
-import types
 import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from configs import yaml_text
-from configs.schema import Experiment
+from configs.defence import Defence
+from configs.messages import Override, is_kind, kind_of, model_of, sentences, shown
+from configs.schema import Experiment, Section
 from deepzero_core.errors import RequestError, suggest
+
+SCHEMAS: dict[str, type[Section]] = {"classify": Experiment, "pipeline": Experiment, "defend": Defence}
+"""By flow: what it is told. Without a flow an Experiment is meant."""
 
 _SUFFIXES = (".yaml", ".yml")
 _MAX_BYTES = 4 * yaml_text.MAX_CHARACTERS
-_SHOWN = 60
 
 
-@dataclass(frozen=True)
-class _Override:
-    text: str
-    path: tuple[str, ...]
-    value: Any
+def load(name_or_path: str, overrides: Sequence[str] = (), *, flow: str | None = None) -> Any:
+    """The experiment of a file or preset with `a.b=c` overrides applied in their order, in the flow's schema.
 
-    def concerns(self, key: tuple[str, ...]) -> bool:
-        shared = min(len(key), len(self.path))
-        return key[:shared] == self.path[:shared]
-
-
-def load(name_or_path: str, overrides: Sequence[str] = (), *, flow: str | None = None) -> Experiment:
-    """The experiment of a file or preset with `a.b=c` overrides applied in their order.
-
-    name_or_path: an existing file, else a preset of the flow, else a preset.
+    name_or_path: an existing file, else a preset of the flow.
     RequestError: no such file or preset, unreadable text, or a mistake in the configuration or an override.
     """
     path = _existing_file(name_or_path)
     if path is not None:
-        return loads(_read(path), overrides, origin=str(path), name=path.stem)
+        return loads(_read(path), overrides, origin=str(path), name=path.stem, flow=flow)
     found = _preset_files(flow)
     if name_or_path not in found:
-        raise RequestError(_nothing_called(name_or_path, found))
+        raise RequestError(_nothing_called(name_or_path, found, flow))
     text = found[name_or_path].read_text(encoding="utf-8")
-    return loads(text, overrides, origin=f"preset {name_or_path!r}", name=name_or_path)
+    return loads(text, overrides, origin=f"preset {name_or_path!r}", name=name_or_path, flow=flow)
 
 
 def loads(
-    text: str, overrides: Sequence[str] = (), *, origin: str = "configuration", name: str | None = None
-) -> Experiment:
+    text: str,
+    overrides: Sequence[str] = (),
+    *,
+    origin: str = "configuration",
+    name: str | None = None,
+    flow: str | None = None,
+) -> Any:
     """The experiment of a YAML text, as `load`.
 
     origin: what messages call the text. name: the experiment's, where the text gives none; ignored when not valid.
@@ -64,21 +59,22 @@ def loads(
     if data is None:
         raise RequestError(f"{origin}: the configuration is empty; `deepzero config demo` prints one to start from")
     if not isinstance(data, dict):
-        raise RequestError(f"{origin}: a configuration is a mapping of keys to values, not {_kind(data)}")
+        raise RequestError(f"{origin}: a configuration is a mapping of keys to values, not {kind_of(data)}")
+    schema = Experiment if flow is None else SCHEMAS[flow]
     parsed = [_parse_override(override) for override in overrides]
     for override in parsed:
-        _apply(data, override)
+        _apply(schema, data, override)
     if name is not None and "name" not in data and _is_valid_name(name):
         data["name"] = name
     try:
-        return Experiment.model_validate(data)
+        return schema.model_validate(data)
     except ValidationError as error:
-        raise RequestError("\n".join(_sentences(error, origin, parsed))) from error
+        raise RequestError("\n".join(sentences(schema, error, origin, parsed))) from error
     except RecursionError as error:
         raise RequestError(f"{origin}: nested too deeply") from error
 
 
-def dump(experiment: Experiment) -> str:
+def dump(experiment: Section) -> str:
     """The resolved configuration as YAML; loading it gives an equal experiment."""
     return yaml_text.write(experiment.model_dump(mode="json"))
 
@@ -99,11 +95,15 @@ def _existing_file(name: str) -> Path | None:
         looks_like_path = "/" in name or "\\" in name or path.suffix in _SUFFIXES
         is_folder = looks_like_path and path.is_dir()
     except (OSError, ValueError, RuntimeError):  # too long for a path, a null character, an unknown ~user
-        raise RequestError(f"{_shown(name)} can be neither a configuration file nor a preset") from None
+        raise RequestError(f"{shown(name)} can be neither a configuration file nor a preset") from None
     if is_folder:
-        raise RequestError(f"{name} is a folder; a configuration is a YAML file in it, or the name of a preset")
+        raise RequestError(
+            f"{shown(name, quote=False)} is a folder; a configuration is a YAML file in it, or the name of a preset"
+        )
     if looks_like_path:
-        raise RequestError(f"there is no configuration file {name}; presets are: {', '.join(presets())}")
+        raise RequestError(
+            f"there is no configuration file {shown(name, quote=False)}; presets are: {', '.join(presets())}"
+        )
     return None
 
 
@@ -122,57 +122,53 @@ def _read(path: Path) -> str:
 
 
 def _preset_files(flow: str | None) -> dict[str, Any]:
+    """Experiments lie beside the code; of a flow with a schema of its own, in its folder."""
     root = importlib.resources.files("configs")
-    folders = [root] + ([root / flow] if flow is not None and flow.isidentifier() and (root / flow).is_dir() else [])
-    # The flow's own presets come last and win.
-    return {
-        file.name.removesuffix(".yaml"): file
-        for folder in folders
-        for file in folder.iterdir()
-        if file.name.endswith(".yaml")
-    }
+    folder = root if flow is None or SCHEMAS[flow] is Experiment else root / flow
+    return {file.name.removesuffix(".yaml"): file for file in folder.iterdir() if file.name.endswith(".yaml")}
 
 
-def _nothing_called(name: str, valid: typing.Iterable[str]) -> str:
+def _nothing_called(name: str, valid: typing.Iterable[str], flow: str | None) -> str:
+    of_flow = "" if flow is None else f" for {flow}"
     if not name:
         return f"the name of a preset or file is empty; {suggest(name, valid)}"
-    return f"there is neither a file nor a preset called {_shown(name)}; {suggest(name, valid)}"
+    return f"there is neither a file nor a preset{of_flow} called {shown(name)}; {suggest(name, valid)}"
 
 
 # Overrides
 
 
-def _parse_override(text: str) -> _Override:
+def _parse_override(text: str) -> Override:
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals:
-        raise RequestError(f"--set {_shown(text, quote=False)}: there is no '='; write --set {_example(path)}=VALUE")
+        raise RequestError(f"--set {shown(text, quote=False)}: there is no '='; write --set {_example(path)}=VALUE")
     if not all(path):
-        raise RequestError(f"--set {_shown(text, quote=False)}: the key before '=' must be names joined by dots, a.b=c")
+        raise RequestError(f"--set {shown(text, quote=False)}: the key before '=' must be names joined by dots, a.b=c")
     try:
-        return _Override(text, path, yaml_text.parse(value))
+        return Override(text, path, yaml_text.parse(value))
     except yaml_text.YamlError as error:
-        raise RequestError(f"--set {_shown(text, quote=False)}: the value is refused: {error}") from error
+        raise RequestError(f"--set {shown(text, quote=False)}: the value is refused: {error}") from error
 
 
 def _example(path: tuple[str, ...]) -> str:
     return ".".join(path) if all(path) else "training.epochs"
 
 
-def _apply(data: dict[str, Any], override: _Override) -> None:
-    where = f"--set {_shown(override.text, quote=False)}"
-    annotation: Any = Experiment
+def _apply(schema: type[Section], data: dict[str, Any], override: Override) -> None:
+    where = f"--set {shown(override.text, quote=False)}"
+    annotation: Any = schema
     for depth, part in enumerate(override.path):
         above = ".".join(override.path[:depth])
-        model = _model_of(annotation)
+        model = model_of(annotation)
         if model is not None:
             if part not in model.model_fields:
                 key = ".".join(override.path[: depth + 1])
                 raise RequestError(f"{where}: {key} is not a known key; {suggest(part, model.model_fields)}")
             annotation = model.model_fields[part].annotation
-        elif _is_kind(annotation, tuple):
+        elif is_kind(annotation, tuple):
             raise RequestError(f"{where}: {above} is a list, which is set as a whole: --set {above}=[…]")
-        elif annotation is not Any and not _is_kind(annotation, dict):
+        elif annotation is not Any and not is_kind(annotation, dict):
             raise RequestError(
                 f"{where}: {above} is a single value and has no keys below it; write --set {above}=VALUE"
             )
@@ -186,85 +182,8 @@ def _apply(data: dict[str, Any], override: _Override) -> None:
         target = target[part]
         if not isinstance(target, dict):
             above = ".".join(override.path[: depth + 1])
-            raise RequestError(f"{where}: {above} is {_kind(target)} in the configuration and has no keys below it")
+            raise RequestError(f"{where}: {above} is {kind_of(target)} in the configuration and has no keys below it")
     target[override.path[-1]] = override.value
-
-
-# Messages
-
-
-def _sentences(error: ValidationError, origin: str, overrides: Sequence[_Override]) -> Iterator[str]:
-    for found in error.errors(include_url=False):
-        path = tuple(str(part) for part in found["loc"])
-        # The last override that touches the key is the one to look at.
-        blamed = next((o for o in reversed(overrides) if o.concerns(path)), None)
-        where = f"--set {_shown(blamed.text, quote=False)}" if blamed else origin
-        yield f"{where}: {_reason(path, found)}"
-
-
-def _reason(path: tuple[str, ...], found: Any) -> str:
-    key, kind, context = _shown(".".join(path), quote=False), found["type"], found.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"{key} is not a known key; {suggest(path[-1], _valid_keys(path[:-1]))}"
-    if kind == "impossible":
-        return f"{key}: {found['msg']}"
-    if kind == "literal_error":
-        hint = suggest(str(found["input"]), _choices(path))
-        return f"{key} cannot be {_shown(found['input'])}; {hint}"
-    if kind == "string_pattern_mismatch":
-        allowed = "letters, digits, '.', '_' and '-', at most 100, and begin with a letter or digit"
-        return f"{key} must consist of {allowed}, but is {_shown(found['input'])}"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key} must be a mapping of keys, but is {_kind(found['input'])}"
-    if kind == "string_too_short":
-        return f"{key} must not be empty"
-    expected = found["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("Value error, ")
-    if kind in ("int_type", "int_from_float"):
-        expected = "a whole number"
-    elif kind == "float_type":
-        expected = "a number"
-    elif kind == "bool_type":
-        expected = "true or false"
-    elif kind == "string_type":
-        expected = "text"
-    elif kind in ("tuple_type", "list_type"):
-        expected = "a list"
-    elif kind == "path_type":
-        expected = "a path"
-    elif "limit" in context or any(bound in context for bound in ("gt", "ge", "lt", "le")):
-        expected = found["msg"].removeprefix("Input should be ")
-    return f"{key} must be {expected}, but is {_shown(found['input'])}"
-
-
-def _valid_keys(path: tuple[str, ...]) -> list[str]:
-    model = _model_of(_annotation(path))
-    return list(model.model_fields) if model is not None else []
-
-
-def _choices(path: tuple[str, ...]) -> list[str]:
-    annotation = _annotation(path)
-    if _is_kind(annotation, tuple):
-        annotation = typing.get_args(annotation)[0]
-    return [str(choice) for choice in typing.get_args(annotation)]
-
-
-def _annotation(path: tuple[str, ...]) -> Any:
-    annotation: Any = Experiment
-    for part in path:
-        model = _model_of(annotation)
-        if model is None:
-            break
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-    return annotation
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _is_kind(annotation: Any, kind: type) -> bool:
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return any(option is kind or typing.get_origin(option) is kind for option in options)
 
 
 def _is_valid_name(name: str) -> bool:
@@ -273,26 +192,3 @@ def _is_valid_name(name: str) -> bool:
     except ValidationError:
         return False
     return True
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "empty"
-    if isinstance(value, bool):
-        return f"the truth value {str(value).lower()}"
-    if isinstance(value, list | tuple):
-        return "a list"
-    if isinstance(value, dict):
-        return "a mapping"
-    return f"the {'text' if isinstance(value, str) else 'number'} {_shown(value)}"
-
-
-def _shown(value: Any, *, quote: bool = True) -> str:
-    """One line of at most _SHOWN characters, control characters escaped."""
-    if isinstance(value, str):
-        text = json.dumps(value, ensure_ascii=False)[1:-1] if not quote else repr(value)
-    elif value is None or isinstance(value, bool):
-        text = json.dumps(value)
-    else:
-        text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

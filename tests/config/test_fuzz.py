@@ -177,6 +177,7 @@ def test_any_overrides(overrides: list[str]) -> None:
 
 
 @given(st.text(max_size=50))
+@example("a\nb\\")
 def test_any_preset_name(name: str) -> None:
     assume(not Path(name.replace("\0", "x")[:50]).is_file())
     try:

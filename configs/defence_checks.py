@@ -1,0 +1,97 @@
+"""Combinations of a defence that cannot run; see `configs.checks`."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from configs import optimizers
+from configs.checks import Problem, certification, cluster, data_set, network
+from configs.defence import WHITE_BOX, VictimConfig
+from deepzero_core.errors import suggest
+
+if TYPE_CHECKING:
+    from configs.defence import Defence
+
+DENOISERS = ("autoencoder", "dncnn", "unet")
+_OWN_ONLY = ("settings", "batch_size", "cache", "budget", "images_per_second", "price_per_thousand")
+
+
+def _victim(defence: "Defence") -> Iterator[Problem]:
+    victim = defence.victim
+    if victim.kind == "trained":
+        for key in _OWN_ONLY:
+            if getattr(victim, key) != VictimConfig.model_fields[key].get_default(call_default_factory=True):
+                yield f"victim.{key}", "it is for a classifier of your own, but victim.kind is 'trained': set the kind"
+        if victim.answers != "logits":
+            yield "victim.answers", "a classifier that is trained here answers logits"
+        for key, reason in network(victim.model, defence.data):
+            yield f"victim.model.{key}", reason
+        return
+    # The adapters know their settings; to ask them imports torch.
+    from deepzero_core.oracle import settings_of
+
+    known = {key: needed for key, needed in settings_of(victim.kind).items() if key not in _HERE}
+    for key in victim.settings:
+        if key not in known:
+            where = f"it is victim.{_HERE[key]}" if key in _HERE else suggest(key, known)
+            yield f"victim.settings.{key}", f"a classifier of kind {victim.kind!r} has no such setting; {where}"
+    for key, needed in known.items():
+        if needed and key not in victim.settings:
+            yield f"victim.settings.{key}", f"a classifier of kind {victim.kind!r} needs it"
+
+
+_HERE = {
+    "answers": "answers",
+    "batch_size": "batch_size",
+    "budget": "budget",
+    "examples_per_second": "images_per_second",
+    "price_per_thousand": "price_per_thousand",
+}
+"""Settings of the adapters that have a key of their own, and that key."""
+
+
+def _methods(defence: "Defence") -> Iterator[Problem]:
+    own = [("training.method", defence.training.method)]
+    for key, method in [*own, *((f"baselines.{i}", method) for i, method in enumerate(defence.baselines))]:
+        if method == "fo-ds" and defence.victim.kind not in WHITE_BOX:
+            yield key, f"'fo-ds' differentiates the classifier, and one of kind {defence.victim.kind!r} is a black box"
+    for index, method in enumerate(defence.baselines):
+        if method in defence.baselines[:index]:
+            yield f"baselines.{index}", f"{method!r} stands there twice"
+        elif method == defence.training.method:
+            yield f"baselines.{index}", f"{method!r} is what is trained already (training.method)"
+    for method in defence.training.lr:
+        if method not in defence.methods:
+            yield f"training.lr.{method}", "this method is not trained (training.method, baselines)"
+    if len(set(defence.seeds)) < len(defence.seeds):
+        yield "seeds", "a seed stands there twice"
+    if defence.training.queries < 2:
+        yield "training.queries", "a step needs at least 2 queries: the loss as it is, and moved"
+
+
+def _images(defence: "Defence") -> Iterator[Problem]:
+    # The classifier's labels are asked for once, of the images as they are.
+    if defence.data.crop_padding or defence.data.flip:
+        key = "crop_padding" if defence.data.crop_padding else "flip"
+        yield f"data.{key}", "the classifier's labels belong to the images as they are: a defence does not change them"
+    if ":" not in defence.denoiser.name and defence.denoiser.name not in DENOISERS:
+        hint = suggest(defence.denoiser.name, DENOISERS)
+        yield "denoiser.name", f"there is no denoiser {defence.denoiser.name!r}; {hint}"
+    if ":" not in defence.denoiser.name and defence.denoiser.arguments:
+        yield "denoiser.arguments", f"{defence.denoiser.name!r} takes none; they are for your own callable"
+
+
+def _optimizer(defence: "Defence") -> Iterator[Problem]:
+    optimizer = defence.training.optimizer
+    for key, reason in optimizers.problems(optimizer.name, optimizer.lr, optimizer.arguments):
+        yield f"training.optimizer.{key}", reason
+
+
+CHECKS: tuple[Callable[["Defence"], Iterator[Problem]], ...] = (
+    data_set,
+    _victim,
+    _methods,
+    _images,
+    _optimizer,
+    certification,
+    cluster,
+)
