@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from configs import optimizers
 from configs.checks import Problem, certification, cluster, data_set, network
 from configs.defence import WHITE_BOX, VictimConfig
+from configs.facts import BLACK_BOXES
 from deepzero_core.errors import suggest
 
 if TYPE_CHECKING:
@@ -26,17 +27,13 @@ def _victim(defence: "Defence") -> Iterator[Problem]:
         for key, reason in network(victim.model, defence.data):
             yield f"victim.model.{key}", reason
         return
-    # The adapters know their settings; to ask them imports torch.
-    from deepzero_core.oracle import settings_of
-
-    known = {key: needed for key, needed in settings_of(victim.kind).items() if key not in _HERE}
+    needed, optional = BLACK_BOXES[victim.kind]
     for key in victim.settings:
-        if key not in known:
-            where = f"it is victim.{_HERE[key]}" if key in _HERE else suggest(key, known)
+        if key not in (needed, *optional):
+            where = f"it is victim.{_HERE[key]}" if key in _HERE else suggest(key, (needed, *optional))
             yield f"victim.settings.{key}", f"a classifier of kind {victim.kind!r} has no such setting; {where}"
-    for key, needed in known.items():
-        if needed and key not in victim.settings:
-            yield f"victim.settings.{key}", f"a classifier of kind {victim.kind!r} needs it"
+    if needed not in victim.settings:
+        yield f"victim.settings.{needed}", f"a classifier of kind {victim.kind!r} needs it"
 
 
 _HERE = {

@@ -31,3 +31,27 @@ DATA_SETS: dict[str, DataFacts] = {
 }
 
 MODELS = ("cnn", "resnet20", "resnet32", "resnet44", "resnet56")
+
+_SERVER = (
+    "template",
+    "answer_at",
+    "headers",
+    "token_env",
+    "token_file",
+    "token_header",
+    "plain_token",
+    "timeout",
+    "connect_timeout",
+    "patience",
+    "max_answer_bytes",
+    "name",
+    "version",
+)
+BLACK_BOXES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "module": ("module", ("name",)),
+    "function": ("function", ("takes", "name", "version")),
+    "onnx": ("path", ("input", "output", "name")),
+    "http": ("url", _SERVER),
+    "mlflow": ("url", _SERVER),
+}
+"""By kind of classifier that may only be queried: the setting that it needs, and those that it may have."""
