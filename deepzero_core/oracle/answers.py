@@ -15,7 +15,7 @@ from deepzero_core.oracle.protocol import Answers
 SUM_TOLERANCE = 1e-3
 """How far the probabilities of a row may be from adding up to one: services cut off decimals."""
 _RANGE_TOLERANCE = 1e-6
-_LABELS = "it looks like labels, which say nothing of a small change: the box must answer a score for every class"
+_LABELS = "this looks like labels, which say nothing of a small change: a score for every class is needed"
 
 
 def as_tensor(name: str, answer: Any, examples: int) -> Tensor:
@@ -36,7 +36,7 @@ def as_tensor(name: str, answer: Any, examples: int) -> Tensor:
     else:
         raise _misfit(name, f"a {type(answer).__name__}", examples)
     if not tensor.is_floating_point():
-        raise _misfit(name, f"{tensor.dtype} of shape {list(tensor.shape)}", examples, _LABELS)
+        raise _misfit(name, _form(tensor), examples, _LABELS)
     return tensor.clone() if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
@@ -79,12 +79,12 @@ def check(name: str, answers: Answers, answer: Tensor, *, examples: int, classes
     shape = list(answer.shape)
     if not answer.is_floating_point() or len(shape) != 2 or shape[0] != examples or shape[1] != (classes or shape[1]):
         hint = _LABELS if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1) else ""
-        raise _misfit(name, f"{answer.dtype} of shape {shape}", examples, hint, classes)
+        raise _misfit(name, _form(answer), examples, hint, classes)
     if shape[1] < 2:
         raise _misfit(name, f"{shape[1]} number for each example", examples, "a choice needs at least two classes")
     bad = answer.numel() - int(answer.isfinite().sum())
     if bad:
-        raise WorkError(f"{bad} of the {answer.numel()} numbers that the black box {name} answered are not finite")
+        raise WorkError(f"the black box {name} answered {bad} numbers of {answer.numel()} that are not finite")
     if answers == "probabilities":
         _check_probabilities(name, answer)
     return answer
@@ -114,6 +114,10 @@ def _check_probabilities(name: str, answer: Tensor) -> None:
 def _misfit(name: str, found: str, examples: int, hint: str = "", classes: int | None = None) -> RequestError:
     expected = f"floating-point numbers of shape [{examples}, {classes or 'K'}], a row for each example"
     return RequestError(f"the black box {name} answered {found}; expected are {expected}{f' ({hint})' if hint else ''}")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
 
 
 def _kind(value: Any) -> str:

@@ -51,7 +51,7 @@ class FunctionOracle:
             raise RequestError(f"a black box of kind 'function' is a callable, not a {type(function).__name__}")
         if takes not in TAKES:
             raise RequestError(f"a function takes 'numpy' or 'tensor', not {takes!r}; {suggest(str(takes), TAKES)}")
-        self.name: str = name or getattr(self._function, "__name__", type(self._function).__name__)
+        self.name = name or str(getattr(self._function, "__name__", type(self._function).__name__))
         self.answers = answers_named(answers)
         self.batch_size = count("batch_size", batch_size)
         self._takes, self._version = takes, version

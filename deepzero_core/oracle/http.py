@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from torch import Tensor
 
-from deepzero_core.errors import RequestError
+from deepzero_core.errors import DeepZeroError, RequestError
 from deepzero_core.oracle.answers import from_lists
 from deepzero_core.oracle.payload import BATCH, check_template, decode, encode, pick
 from deepzero_core.oracle.protocol import Answers, answers_named, question
@@ -120,11 +120,24 @@ class HttpOracle:
         """See `Oracle.query`; raises BlackBoxUnavailableError when patience is at its end."""
         x = question(self, batch)
         body = self._transport.send(encode(self._template, x))
-        return from_lists(self.name, pick(self.name, decode(self.name, body), self._answer_at), len(x))
+        try:
+            return from_lists(self.name, pick(self.name, decode(self.name, body), self._answer_at), len(x))
+        except DeepZeroError as error:
+            if not self._transport.shows_token(body):
+                raise
+            raise type(error)(
+                f"the black box {self.name} answered something other than scores, and the token in it: it is not shown"
+            ) from None
 
     def close(self) -> None:
         """Close the connection; the next query opens another."""
         self._transport.close()
+
+    def __enter__(self) -> "HttpOracle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         return f"HttpOracle({self.name}, answers={self.answers!r}, batch_size={self.batch_size})"

@@ -67,10 +67,10 @@ def pick(name: str, value: Any, path: str) -> Any:
     return _pick(name, value, [part for part in path.split(".") if part], path)
 
 
-def shown(text: str) -> str:
+def shown(text: str, most: int = _SHOWN) -> str:
     """The beginning of a foreign text, safe to print on one line."""
-    line = " ".join(text[: 4 * _SHOWN].split())
-    return ascii(line[:_SHOWN] + ("…" if len(line) > _SHOWN else "")).replace("\\u2026", "…")
+    line = " ".join(text[: 4 * most].split())
+    return ascii(line[:most]) + ("…" if len(line) > most else "")
 
 
 def _pick(name: str, value: Any, parts: list[str], path: str) -> Any:

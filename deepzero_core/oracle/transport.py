@@ -5,12 +5,11 @@ import email.utils
 import math
 import os
 import random
-import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,6 +17,7 @@ import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type
 
 from deepzero_core.errors import RequestError, WorkError
+from deepzero_core.oracle.deadline import Deadline
 from deepzero_core.oracle.payload import shown
 from deepzero_core.oracle.protocol import BlackBoxUnavailableError
 from deepzero_core.oracle.secret import Token
@@ -25,6 +25,8 @@ from deepzero_core.oracle.secret import Token
 _BUSY = {408, 425, 429}
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _ERROR_BYTES = 64 * 1024
+# Of what a server says about a fault, so much is repeated.
+_WORDS = 200
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ class Transport:
         self._lock = threading.Lock()
         self._client: httpx.Client | None = None
         self._process = os.getpid()
-        self._socket: socket.socket | None = None
-        self._expired = threading.Event()
+        self._deadline = Deadline()
         # Its own: nobody's global generator moves because a server was busy.
         self._jitter = random.Random()
 
@@ -114,13 +115,13 @@ class Transport:
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
-        client, self._client, self._socket = self._client, None, None
+        client, self._client = self._client, None
         # What came with a fork is the parent's.
         if client is not None and self._process == os.getpid():
             client.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_lock", "_client", "_process", "_socket", "_expired", "_jitter")
+        dropped = ("_lock", "_client", "_process", "_deadline", "_jitter")
         # Who is to be told lives in this process.
         return {**{key: value for key, value in self.__dict__.items() if key not in dropped}, "_on_retry": None}
 
@@ -148,11 +149,11 @@ class Transport:
             self._on_retry(Retry(self.name, state.attempt_number, state.upcoming_sleep, str(_fault_of(state))))
 
     def _once(self, body: bytes) -> bytes:
-        with self._deadline() as expired:
+        with self._deadline.within(self.limits.timeout) as expired:
             try:
                 secret = self._token.headers()
                 with self._opened().stream(
-                    "POST", self._url, content=body, headers=secret, extensions={"trace": self._remember_socket}
+                    "POST", self._url, content=body, headers=secret, extensions={"trace": self._deadline.trace}
                 ) as response:
                     answer = self._read(response, expired)
                     if 200 <= response.status_code < 300:
@@ -209,8 +210,8 @@ class Transport:
                 target = self._url.join(location)
                 location = f"{target.scheme}://{target.host}{target.path}"
             raise RequestError(
-                f"the black box {self.name} sends the request elsewhere ({status}, to {self._safe(location)}); it is not "
-                "followed there: if that is where the box is, name that address"
+                f"the black box {self.name} sends the request elsewhere ({status}, to {self._safe(location)}): no "
+                "request follows there; if it is where the box is, name that address"
             )
         hints = {401: "is the token right?", 403: "is the token right?", 404: "is the address right?"}
         hints |= {405: "is the address right?", 413: "a smaller batch_size may help"}
@@ -221,13 +222,18 @@ class Transport:
     def _late(self) -> "_Fault":
         return _Fault(f"did not answer within {self.limits.timeout:g} s")
 
+    def shows_token(self, body: bytes) -> bool:
+        """Whether the token stands in what a server answered."""
+        token = self._token.read()
+        return bool(token) and token.encode() in body
+
     def _safe(self, text: object) -> str:
         """Foreign words, at their beginning, and never the token among them."""
         plain = str(text)
         with suppress(RequestError):
             token = self._token.read()
             plain = plain.replace(token, "[token]") if token else plain
-        return shown(plain)
+        return shown(plain, _WORDS)
 
     def _opened(self) -> httpx.Client:
         if self._client is None or self._process != os.getpid():
@@ -243,30 +249,6 @@ class Transport:
             )
         return self._client
 
-    @contextmanager
-    def _deadline(self) -> Iterator[threading.Event]:
-        """Cuts the connection when the time is over: httpx limits each wait for bytes, not their sum."""
-        expired = self._expired = threading.Event()
-
-        def cut() -> None:
-            expired.set()
-            _shut(self._socket)
-
-        timer = threading.Timer(self.limits.timeout, cut)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield expired
-        finally:
-            timer.cancel()
-            timer.join()
-
-    def _remember_socket(self, event: str, info: Mapping[str, Any]) -> None:
-        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self._socket = info["return_value"].get_extra_info("socket")
-            if self._expired.is_set():
-                _shut(self._socket)
-
 
 class _Fault(Exception):  # noqa: N818 — it never leaves this file
     """What may pass when asked again; its text goes on after the name of the box."""
@@ -274,12 +256,6 @@ class _Fault(Exception):  # noqa: N818 — it never leaves this file
     def __init__(self, text: str, retry_after: float | None = None) -> None:
         super().__init__(text)
         self.retry_after = retry_after
-
-
-def _shut(connection: socket.socket | None) -> None:
-    if connection is not None:
-        with suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _fault_of(state: RetryCallState) -> _Fault:
