@@ -55,6 +55,8 @@ def open_oracle(
         raise RequestError(f"a black box of kind {kind!r} needs the setting {missing[0]!r}")
     oracle = _KINDS[kind][0](**{key: value for key, value in settings.items() if key not in _METER})
     meter = {key: value for key, value in settings.items() if key in _METER}
+    if cache is not None:
+        _ = oracle.identity  # where it has none, no file is made either
     kept = ResponseCache(cache) if isinstance(cache, str | PathLike) else cache
     return Metered(
         oracle, cache=kept, account=StoredAccount(*account) if isinstance(account, tuple) else account, **meter

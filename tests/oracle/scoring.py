@@ -27,6 +27,10 @@ def images(count: int, seed: int = 1) -> Tensor:
     return torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
+# Made once: a server in this process must not touch the global generator that a test may be watching.
+_SERVED = network()
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -76,7 +80,7 @@ class Server:
 
 def score(handler: Handler, body: bytes) -> None:
     with torch.no_grad():
-        scores = network()(torch.tensor(json.loads(body)["inputs"]))
+        scores = _SERVED(torch.tensor(json.loads(body)["inputs"]))
     handler.send(200, json.dumps({"predictions": scores.tolist()}).encode())
 
 
