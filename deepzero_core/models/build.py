@@ -1,13 +1,13 @@
 """A network from its name in the configuration."""
 
 import contextlib
-import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from deepzero_core.callables import reason, resolve
 from deepzero_core.errors import RequestError, suggest
 from deepzero_core.models.cnn import CNN
 from deepzero_core.models.resnet import RESNET_DEPTHS, ResNet
@@ -74,35 +74,15 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _call(name: str, arguments: dict[str, Any]) -> nn.Module:
-    factory = _resolve(name)
+    factory = resolve(name, what="model")
     try:
         module = factory(**arguments)
     except Exception as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise RequestError(f"model {name!r} called with ({shown}) failed: {_reason(error)}") from error
+        raise RequestError(f"model {name!r} called with ({shown}) failed: {reason(error)}") from error
     if not isinstance(module, nn.Module):
         raise RequestError(f"model {name!r} must return a torch.nn.Module, but returned {type(module).__name__}")
     return module
-
-
-def _resolve(name: str) -> Callable[..., object]:
-    path, _, attribute = name.partition(":")
-    if not path or not attribute:
-        raise RequestError(f"model {name!r} must have the form 'package.module:callable'")
-    try:
-        found: object = importlib.import_module(path)
-    except Exception as error:
-        raise RequestError(
-            f"model {name!r}: {path!r} cannot be imported ({_reason(error)}); it must be installed or on PYTHONPATH"
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = (candidate for candidate in dir(found) if not candidate.startswith("_"))
-            raise RequestError(f"model {name!r}: {path!r} has no {part!r}; {suggest(part, public)}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise RequestError(f"model {name!r} must name a callable, but names a {type(found).__name__}")
-    return found
 
 
 def _try(name: str, module: nn.Module, in_channels: int, num_classes: int, size: tuple[int, int]) -> None:
@@ -117,7 +97,7 @@ def _try(name: str, module: nn.Module, in_channels: int, num_classes: int, size:
             scores = module(images)
     except Exception as error:
         raise RequestError(
-            f"model {name!r} cannot take images of shape {list(images.shape)}: {_reason(error)}"
+            f"model {name!r} cannot take images of shape {list(images.shape)}: {reason(error)}"
         ) from error
     finally:
         for child, training in modes.items():
@@ -129,8 +109,3 @@ def _try(name: str, module: nn.Module, in_channels: int, num_classes: int, size:
             f"model {name!r} must turn images of shape {list(images.shape)} into scores of shape {list(expected)}, "
             f"but returned {got}"
         )
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
