@@ -180,8 +180,10 @@ def certification(experiment: Any) -> Iterator[Problem]:
     if len(set(settings.radii)) < len(settings.radii):
         yield "certification.radii", "a radius stands there twice"
     # With every sample of one class the Clopper-Pearson lower bound is α^(1/n); a certificate needs it above one half.
-    if settings.alpha ** (1 / settings.n) <= 0.5:
-        needed = math.floor(math.log(settings.alpha) / math.log(0.5)) + 1
+    # Adaptive mode has half of α left for it.
+    alpha = settings.alpha / 2 if settings.adaptive else settings.alpha
+    if alpha ** (1 / settings.n) <= 0.5:
+        needed = math.floor(math.log(alpha) / math.log(0.5)) + 1
         yield (
             "certification.n",
             f"{settings.n} samples cannot certify anything at alpha={settings.alpha:g}, even if all agree; "

@@ -183,9 +183,11 @@ class CertificationConfig(Section):
     n0: Count = 100
     """Samples that choose the class."""
     n: Count = 10_000
-    """Samples that bound its probability."""
+    """Samples that bound its probability; in adaptive mode at most so many."""
     alpha: Annotated[Real, Field(gt=0, lt=1)] = 0.001
     """Probability with which a certificate may be wrong."""
+    adaptive: Flag = False
+    """Stop an example as soon as it is settled whether it is certified at each of `radii`; the same guarantee."""
     examples: Count = 100
     """Test examples to certify."""
     batch_size: Count = 1000

@@ -1,26 +1,28 @@
 """Stage: certified robustness of the trained network by plain randomised smoothing."""
 
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from distributed import Client
 from prefect.states import State
 
-from configs.schema import Experiment
-from deepzero_core.data import ImageStore, to_tensor
-from deepzero_core.models import Normalised
-from deepzero_core.smoothing import Certificate, average_certified_radius, certified_accuracy
-from deepzero_core.smoothing import certify as certify_example
-from deepzero_core.training.sources import step_generator
-from tasks.evaluate import trained_module
-from tasks.problem import test_batches
+from configs.schema import CertificationConfig, ClusterConfig, Experiment
+from deepzero_core.data import ImageStore
+from deepzero_core.smoothing import (
+    Certificate,
+    Certification,
+    average_certified_radius,
+    certified_accuracy,
+)
+from infra.certification import Examples, Task, certify_examples, done_before
+from infra.classifiers import Recipe
+from infra.cluster import connect
+from tasks.problem import problem_of, test_batches
 from tasks.progress import Progress
 from tasks.records import Certified, Prepared, Trained
 from tasks.stage import Stage, Tracking, perform, stage_task
-
-_NOISE = 3
 
 
 @stage_task("certify")
@@ -42,80 +44,103 @@ def certify(
         "certify",
         Certified,
         inputs,
-        lambda stage: _certify(stage, experiment, prepared, trained),
+        lambda stage: certified(
+            stage, experiment, examples_of(experiment, prepared), trained_recipe(experiment, prepared, trained)
+        ),
         label=trained.method,
     )
 
 
-def _certify(stage: Stage, experiment: Experiment, prepared: Prepared, trained: Trained) -> Certified:
+def certified(stage: Stage, experiment: Experiment, examples: Examples, classifier: Recipe) -> Certified:
+    """Certify examples by any classifier, as the experiment's `certification` and `cluster` say, into a stage's folder.
+
+    The table grows example by example and outlives a kill; metrics and table go to the stage's MLflow run.
+    """
     torch.set_num_threads(experiment.training.threads)
     started = time.perf_counter()
-    settings = experiment.certification
-    manifest = ImageStore.open(prepared.store).manifest
-    # σ is in units of images in [0, 1], so that the noise comes before the normalisation.
-    classifier = Normalised(trained_module(experiment, prepared, trained), manifest.mean, manifest.std).eval()
-    images, labels = _examples(experiment, prepared)
-    certificates, seconds = [], []
-    with Progress(stage.title, len(labels)) as progress:
-        for number, image in enumerate(images):
-            began = time.perf_counter()
-            certificates.append(
-                certify_example(
-                    classifier,
-                    image,
-                    sigma=settings.sigma,
-                    n0=settings.n0,
-                    n=settings.n,
-                    alpha=settings.alpha,
-                    batch_size=settings.batch_size,
-                    generator=step_generator(experiment.seed, _NOISE, number),
-                )
-            )
-            seconds.append(time.perf_counter() - began)
-            progress.advance(f"{sum(not c.abstained for c in certificates)} of {number + 1} certified")
-    table = _write_table(stage, certificates, labels, seconds)
-    accuracy_at = certified_accuracy(certificates, labels, settings.radii)
-    radius = average_certified_radius(certificates, labels)
-    stage.run.artifact(table, "certification")
-    stage.summarise(
-        **{f"certified_accuracy/radius_{radius:g}": value for radius, value in accuracy_at.items()},
-        average_certified_radius=radius,
-        abstained=sum(c.abstained for c in certificates),
-        samples=sum(c.samples for c in certificates),
-        seconds=time.perf_counter() - started,
-    )
-    return Certified(
+    config, labels = experiment.certification, examples.labels()
+    task = Task(examples, classifier, settings_of(config), experiment.seed)
+    done = done_before(stage.folder, examples)
+    abstained = 0
+    with (
+        _client(experiment.cluster, needed=done < len(labels)) as client,
+        Progress(stage.title, len(labels), done) as progress,
+    ):
+
+        def advanced(certificate: Certificate) -> None:
+            nonlocal abstained
+            abstained += certificate.abstained
+            progress.advance(f"{abstained} abstained")
+
+        table, certificates = certify_examples(
+            task, stage.folder, client=client, timeout_s=experiment.cluster.timeout_s, advanced=advanced
+        )
+    result = Certified(
         table=table,
         examples=len(labels),
-        accuracy_at=accuracy_at,
-        average_radius=radius,
+        accuracy_at=certified_accuracy(certificates, labels, config.radii),
+        average_radius=average_certified_radius(certificates, labels),
         abstained=sum(c.abstained for c in certificates),
-        sigma=settings.sigma,
-        alpha=settings.alpha,
+        sigma=config.sigma,
+        alpha=config.alpha,
         samples=sum(c.samples for c in certificates),
+        saved=sum(c.saved for c in certificates),
         seconds=time.perf_counter() - started,
+    )
+    stage.run.artifact(table, "certification")
+    stage.summarise(
+        **{f"certified_accuracy/radius_{radius:g}": share for radius, share in result.accuracy_at.items()},
+        average_certified_radius=result.average_radius,
+        abstained=result.abstained,
+        samples=result.samples,
+        samples_saved=result.saved,
+        share_of_samples_saved=result.share_saved,
+        seconds=result.seconds,
+    )
+    return result
+
+
+def settings_of(config: CertificationConfig) -> Certification:
+    """The core's settings from the configuration's."""
+    return Certification(
+        sigma=config.sigma,
+        n0=config.n0,
+        n=config.n,
+        alpha=config.alpha,
+        batch_size=config.batch_size,
+        adaptive=config.adaptive,
+        radii=config.radii,
     )
 
 
-def _examples(experiment: Experiment, prepared: Prepared) -> tuple[torch.Tensor, list[int]]:
-    """Images [N, C, H, W] in [0, 1] and labels of the examples to certify."""
+def examples_of(experiment: Experiment, prepared: Prepared) -> Examples:
+    """Test examples, evenly spaced over what is tested on."""
     split = ImageStore.open(prepared.store).split("test")
     total = len(test_batches(experiment, prepared))
     count = min(experiment.certification.examples, total)
-    chosen = [position * total // count * len(split) // total for position in range(count)]
-    return to_tensor(split.images[chosen]), [int(split.labels[i]) for i in chosen]
+    positions = tuple(position * total // count * len(split) // total for position in range(count))
+    return Examples(prepared.store, "test", positions)
 
 
-def _write_table(stage: Stage, certificates: list[Certificate], labels: list[int], seconds: list[float]) -> Path:
-    path = stage.folder / "certificates.parquet"
-    columns = {
-        "example": list(range(len(labels))),
-        "label": labels,
-        "predicted": [c.label for c in certificates],
-        "radius": [c.radius for c in certificates],
-        "p_lower": [c.p_lower for c in certificates],
-        "samples": [c.samples for c in certificates],
-        "seconds": seconds,
-    }
-    pq.write_table(pa.table(columns), path)
-    return path
+def trained_recipe(experiment: Experiment, prepared: Prepared, trained: Trained) -> Recipe:
+    """The trained network behind the normalisation of its data."""
+    manifest = ImageStore.open(prepared.store).manifest
+    return Recipe(
+        "infra.classifiers:trained",
+        {
+            "model": dict(problem_of(experiment, prepared).model),
+            "weights": str(trained.weights),
+            "mean": list(manifest.mean),
+            "std": list(manifest.std),
+        },
+    )
+
+
+@contextmanager
+def _client(cluster: ClusterConfig, *, needed: bool) -> Iterator[Client | None]:
+    """Dask workers, where they are asked for and there is something to do."""
+    if not needed or (cluster.workers == 0 and cluster.address is None):
+        yield None
+        return
+    with connect(cluster.workers, cluster.address, cluster.timeout_s) as client:
+        yield client

@@ -88,4 +88,6 @@ def _summary(results: list[MethodResult], certified: Certified | None) -> dict[s
     if certified is not None:
         values |= {f"certified_accuracy/radius_{radius:g}": share for radius, share in certified.accuracy_at.items()}
         values["certified_accuracy/average_radius"] = certified.average_radius
+        values["cost/certification_samples"] = certified.samples
+        values["cost/certification_samples_saved"] = certified.saved
     return values

@@ -85,7 +85,7 @@ class Certified(Record):
     """Randomised smoothing of the trained network."""
 
     table: Path
-    """Parquet: example, label, predicted (-1: abstained), radius, p_lower, samples, seconds."""
+    """Parquet: example, label, predicted (-1: abstained), radius, p_lower, samples, saved."""
     examples: int
     accuracy_at: dict[float, float]
     """Certified accuracy by radius."""
@@ -94,7 +94,15 @@ class Certified(Record):
     sigma: float
     alpha: float
     samples: int
+    """Noisy copies that the answers rest on, all examples together."""
+    saved: int = 0
+    """Copies that adaptive mode did without."""
     seconds: float
+
+    @property
+    def share_saved(self) -> float:
+        """Of the copies that n0 + n would have been for every example."""
+        return self.saved / (self.samples + self.saved)
 
 
 class MethodResult(Record):

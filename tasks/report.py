@@ -70,7 +70,7 @@ def write_report(
         data             {name, digest, train, test, class_names, image_shape}
         pruning          null, or {method, sparsity, ratios, sizes, coordinates, queries, seconds}
         certification    null, or {examples, accuracy_at: [[radius, share], …], average_radius, abstained, sigma, alpha,
-                         samples, seconds}
+                         samples (of all examples), saved (of them, by adaptive mode), seconds}
         environment      {name: text}
         mlflow_url       address of the run's page, or null
         notes            list of text
@@ -238,8 +238,9 @@ def _draw(
         add(
             "certified-accuracy.png",
             "Certified accuracy",
-            f"Randomised smoothing, {certified.samples:,} samples per example, each certificate right with probability "
-            f"{percent(1 - certified.alpha)}; {certified.abstained:,} of {certified.examples:,} examples abstained.",
+            f"Randomised smoothing, {round(certified.samples / certified.examples):,} samples per example"
+            f"{_saved(certified)}, each certificate right with probability {percent(1 - certified.alpha)}; "
+            f"{certified.abstained:,} of {certified.examples:,} examples abstained.",
             lambda path: plots.certified_accuracy(certified, path),
             Table(
                 ("radius", *(f"{radius:g}" for radius in radii)),
@@ -247,6 +248,16 @@ def _draw(
             ),
         )
     return pictures
+
+
+def _saved(certified: Certified) -> str:
+    """What adaptive mode did, in words; it stops before the radius of an example has become as large as it can."""
+    if not certified.saved:
+        return ""
+    return (
+        f" on average, {certified.share_saved:.0%} of them saved by stopping where the reported radii were decided "
+        "(between those, and in the average radius, this shows less than all samples would)"
+    )
 
 
 def _speed_table(results: Sequence[MethodResult]) -> Table | None:

@@ -1,6 +1,26 @@
 """Randomised smoothing: certified predictions of any classifier."""
 
-from deepzero_core.smoothing.certify import ABSTAIN, Certificate, certify, predict
-from deepzero_core.smoothing.summary import average_certified_radius, certified_accuracy
+from deepzero_core.smoothing.certify import certify, certify_many, predict
+from deepzero_core.smoothing.courses import ABSTAIN, Certificate
+from deepzero_core.smoothing.inference import Inference
+from deepzero_core.smoothing.settings import Certification
+from deepzero_core.smoothing.summary import (
+    AccuracyCurve,
+    accuracy_curve,
+    average_certified_radius,
+    certified_accuracy,
+)
 
-__all__ = ["ABSTAIN", "Certificate", "average_certified_radius", "certified_accuracy", "certify", "predict"]
+__all__ = [
+    "ABSTAIN",
+    "AccuracyCurve",
+    "Certificate",
+    "Certification",
+    "Inference",
+    "accuracy_curve",
+    "average_certified_radius",
+    "certified_accuracy",
+    "certify",
+    "certify_many",
+    "predict",
+]

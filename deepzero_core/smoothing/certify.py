@@ -1,4 +1,4 @@
-"""Randomised smoothing after Cohen, Rosenfeld and Kolter 2019, algorithm CERTIFY and PREDICT.
+"""Randomised smoothing after Cohen, Rosenfeld and Kolter 2019, algorithms CERTIFY and PREDICT.
 
 The smoothed classifier answers with the class that the classifier f gives most often to x + ε, ε ~ N(0, σ²I).
 If that class has probability at least p > ½, the answer is the same everywhere within σ·Φ⁻¹(p) of x (L2 norm, units
@@ -7,46 +7,22 @@ of x).
 classifier: callable, [N, …] → scores [N, K], K ≥ 2; its answer is the argmax. x: one example, without the batch axis.
 batch_size: most noisy copies given to the classifier at once.
 
-Every noisy copy is a draw of its own from the generator, so that the same generator state gives the same copies in
-the same order whatever the batch size (one large draw would not: torch fills long tensors in a different order from
-short ones).
-The result is then the same too, as far as the classifier treats its examples one by one: BatchNorm in training mode
-does not, and is refused where it can be seen.
+The same generator state gives the same copies in the same order whatever the batch size and whoever shares the batch,
+and the generator is left in the same state. The result is then the same too, as far as the classifier treats its
+examples one by one: BatchNorm in training mode does not, and is refused where it can be seen.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import torch
-from scipy.special import ndtri
-from scipy.stats import binomtest
-from torch import Tensor, nn
+from torch import Tensor
 
-from deepzero_core.errors import RequestError, WorkError
-
-ABSTAIN = -1
-
-Classifier = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What `certify` can promise about one example.
-
-    label: the smoothed classifier's answer, −1 = abstain. radius: L2, units of x; 0.0 where it abstains.
-    samples: noisy copies classified, selection and estimation together (n0 + n).
-    p_lower: lower confidence bound on the probability of the class that looked most likely, also where it abstains.
-    """
-
-    label: int
-    radius: float
-    samples: int
-    p_lower: float
-
-    @property
-    def abstained(self) -> bool:
-        return self.label == ABSTAIN
+from deepzero_core.errors import RequestError
+from deepzero_core.smoothing.adaptive import adaptive as adaptive_course
+from deepzero_core.smoothing.courses import Certificate, Course, fixed, prediction
+from deepzero_core.smoothing.noise import NoisyCopies
+from deepzero_core.smoothing.sampling import Classifier, run
+from deepzero_core.smoothing.settings import Certification, check
 
 
 def certify(
@@ -59,25 +35,39 @@ def certify(
     alpha: float,
     batch_size: int,
     generator: torch.Generator,
+    adaptive: bool = False,
+    radii: tuple[float, ...] = (),
 ) -> Certificate:
     """A radius within which the smoothed classifier's answer is constant, true with probability at least 1 − alpha.
 
     n0 copies choose the class c, n fresh ones bound its probability from below (Clopper–Pearson, one-sided, level 1 −
     alpha):
     p = p_lower; radius σ·Φ⁻¹(p) where p > ½, else abstention. The largest radius n copies can show is
-    σ·Φ⁻¹(alpha^(1/n)).
+    σ·Φ⁻¹(alpha^(1/n)). `adaptive` stops as soon as it is decided whether x is certified at every one of `radii`, with
+    the same guarantee (see `deepzero_core.smoothing.adaptive`).
 
-    RequestError: sigma, alpha, n0, n or batch_size out of range, x not of a floating type, classifier in training
-    mode with BatchNorm, or not answering [N, K]. WorkError: scores that are not numbers.
+    RequestError: sigma, alpha, n0, n, batch_size or radii out of range, x not finite or not of a floating type,
+    classifier in training mode with BatchNorm, or one that cannot take x or does not answer [N, K]. WorkError: scores
+    that are not numbers.
     """
-    _check(classifier, x, sigma=sigma, alpha=alpha, n0=n0, n=n, batch_size=batch_size)
-    chosen = int(_class_counts(classifier, x, sigma, n0, batch_size, generator).argmax())
-    hits = int(_class_counts(classifier, x, sigma, n, batch_size, generator)[chosen])
-    test = binomtest(hits, n, alternative="greater")
-    p_lower = float(test.proportion_ci(confidence_level=1 - alpha, method="exact").low)
-    if p_lower <= 0.5:
-        return Certificate(ABSTAIN, 0.0, n0 + n, p_lower)
-    return Certificate(chosen, sigma * float(ndtri(p_lower)), n0 + n, p_lower)
+    settings = Certification(sigma, n0, n, alpha, batch_size, adaptive, tuple(radii))
+    (certificate,) = certify_many(classifier, [x], settings, generators=[generator])
+    return certificate
+
+
+def certify_many(
+    classifier: Classifier,
+    images: Iterable[Tensor],
+    settings: Certification,
+    *,
+    generators: Iterable[torch.Generator],
+) -> Iterator[Certificate]:
+    """The certificate of every image, in order, as `certify` gives it one by one, their copies sharing batches.
+
+    images: [M, …], or any iterable of examples of one shape, read as there is room for them. generators: one per image.
+    Errors as `certify`, and RequestError where an image is unlike the first, or has no generator.
+    """
+    return run(classifier, _begun(images, settings, generators), settings.batch_size)
 
 
 def predict(
@@ -95,57 +85,36 @@ def predict(
     The two classes seen most often, n_A ≥ n_B times among n copies, are told apart by the two-sided binomial test of
     n_A successes among n_A + n_B at probability ½; it abstains where the p-value exceeds alpha. Errors as `certify`.
     """
-    _check(classifier, x, sigma=sigma, alpha=alpha, n=n, batch_size=batch_size)
-    counts = _class_counts(classifier, x, sigma, n, batch_size, generator)
-    (first, second), (label, _) = (part.tolist() for part in counts.topk(2))
-    return int(label) if binomtest(first, first + second, 0.5).pvalue <= alpha else ABSTAIN
+    check(sigma=sigma, alpha=alpha, n=n, batch_size=batch_size)
+    _check_example(x)
+    (label,) = run(classifier, [(NoisyCopies(x, sigma, generator), prediction(n, alpha))], batch_size)
+    return label
 
 
-def _class_counts(
-    classifier: Classifier, x: Tensor, sigma: float, samples: int, batch_size: int, generator: torch.Generator
-) -> Tensor:
-    """How many of `samples` noisy copies of x the classifier gives to each class: int64 [K]."""
-    counts: Tensor | None = None
-    for start in range(0, samples, batch_size):
-        size = min(batch_size, samples - start)
-        noise = torch.empty(size, *x.shape, dtype=x.dtype, device=generator.device)
-        for one in noise:
-            one.normal_(generator=generator)
-        with torch.no_grad():
-            scores = classifier(x + sigma * noise.to(x.device))
-        classes = None if counts is None else len(counts)
-        seen = torch.bincount(_answers(scores, size, classes), minlength=scores.shape[1])
-        counts = seen if counts is None else counts + seen
-    assert counts is not None  # samples ≥ 1 has been checked
-    return counts
+def _begun(
+    images: Iterable[Tensor], settings: Certification, generators: Iterable[torch.Generator]
+) -> Iterator[tuple[NoisyCopies, Course[Certificate]]]:
+    first: Tensor | None = None
+    given = iter(generators)
+    for number, x in enumerate(images):
+        _check_example(x)
+        first = x if first is None else first
+        if (x.shape, x.dtype, x.device) != (first.shape, first.dtype, first.device):
+            raise RequestError(
+                f"the images must be alike, but image {number} is {list(x.shape)} of {x.dtype} on {x.device} and the "
+                f"first is {list(first.shape)} of {first.dtype} on {first.device}"
+            )
+        generator = next(given, None)
+        if generator is None:
+            raise RequestError(f"every image needs a generator of its own, but there is none for image {number}")
+        course = adaptive_course(settings) if settings.adaptive else fixed(settings)
+        yield NoisyCopies(x, settings.sigma, generator), course
 
 
-def _answers(scores: Tensor, size: int, classes: int | None) -> Tensor:
-    fits = scores.ndim == 2 and len(scores) == size and scores.shape[1] >= 2
-    if not fits or classes not in (None, scores.shape[1]):
-        raise RequestError(
-            f"the classifier must answer {size} examples with scores of shape [{size}, {classes or 'K ≥ 2'}], "
-            f"but answered with {list(scores.shape)}"
-        )
-    if bool(torch.isnan(scores).any()):
-        raise WorkError("the classifier answered with scores that are not numbers (NaN)")
-    return scores.argmax(dim=1).cpu()
-
-
-def _check(classifier: Classifier, x: Tensor, *, sigma: float, alpha: float, **counts: int) -> None:
-    if not (sigma > 0 and math.isfinite(sigma)):
-        raise RequestError(f"sigma, the standard deviation of the noise, must be positive and finite, but is {sigma}")
-    if not 0 < alpha < 1:
-        raise RequestError(f"alpha, the probability of a wrong answer, must lie between 0 and 1, but is {alpha}")
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise RequestError(f"{name} must be a whole number of at least 1, but is {value!r}")
+def _check_example(x: Tensor) -> None:
     if not x.is_floating_point():
         raise RequestError(f"x must have a floating type for noise to be added to it, but is of {x.dtype}")
-    if isinstance(classifier, nn.Module) and any(
-        layer.training for layer in classifier.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
-    ):
-        raise RequestError(
-            "the classifier has BatchNorm in training mode, where one example's answer depends on the others; "
-            "call .eval() on it first"
-        )
+    if not x.numel():
+        raise RequestError(f"x must have values, but has the shape {list(x.shape)}")
+    if not bool(torch.isfinite(x).all()):
+        raise RequestError("x holds values that are not finite")

@@ -3,7 +3,7 @@
 import pytest
 
 from deepzero_core.errors import RequestError
-from deepzero_core.smoothing import Certificate, average_certified_radius, certified_accuracy
+from deepzero_core.smoothing import Certificate, accuracy_curve, average_certified_radius, certified_accuracy
 
 CERTIFICATES = [
     Certificate(label=3, radius=0.5, samples=10, p_lower=0.9),
@@ -18,8 +18,22 @@ def test_certified_accuracy_counts_right_answers_with_at_least_that_radius() -> 
     assert certified_accuracy(CERTIFICATES, LABELS, (0, 0.25, 0.5, 0.75)) == {0.0: 0.5, 0.25: 0.5, 0.5: 0.25, 0.75: 0.0}
 
 
-def test_abstention_is_wrong_even_where_the_label_says_minus_one() -> None:
-    assert certified_accuracy(CERTIFICATES[3:], [-1], [0.0]) == {0.0: 0.0}
+def test_a_label_that_is_no_class_is_refused() -> None:
+    with pytest.raises(RequestError, match="numbered from 0, but label 3 is -1"):
+        certified_accuracy(CERTIFICATES, [3, 1, 0, -1], [0.0])
+
+
+@pytest.mark.parametrize("radius", [-0.1, float("nan")])
+def test_a_radius_below_zero_is_refused(radius: float) -> None:
+    with pytest.raises(RequestError, match="radius must be at least 0"):
+        certified_accuracy(CERTIFICATES, LABELS, [radius])
+
+
+def test_the_curve_is_the_certified_accuracy_at_every_radius() -> None:
+    curve = accuracy_curve(CERTIFICATES, LABELS)
+    assert (curve.radii, curve.accuracy) == ((0.0, 0.25, 0.5), (0.5, 0.5, 0.25))
+    for radius in (0.0, 0.1, 0.25, 0.250001, 0.5, 0.6, 9.0):
+        assert curve.at(radius) == certified_accuracy(CERTIFICATES, LABELS, [radius])[radius]
 
 
 def test_average_certified_radius_counts_wrong_answers_as_zero() -> None:

@@ -1,0 +1,181 @@
+"""Certification of a list of examples, here or on Dask workers: examples, classifier, settings and a folder → a table.
+
+    shard     a few consecutive examples; what a worker returns is their certificates, nothing else
+    worker    holds the examples and the classifier that it has built from its recipe; a plugin, so that a replacement
+              of a lost worker builds them again
+
+An example's noise is a function of (seed, its number), and each process computes on one thread where there are workers:
+any number of workers, a worker lost on the way, or a run killed and started again give the same table.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from distributed import CancelledError, Client, Future, KilledWorker, Worker, WorkerPlugin, get_worker
+from distributed import wait as wait_for
+from torch import Tensor
+
+from deepzero_core.data import ImageStore, to_tensor
+from deepzero_core.errors import WorkError
+from deepzero_core.smoothing import Certificate, Certification, certify_many
+from deepzero_core.training.sources import step_generator
+from infra.certificates import Certificates
+from infra.classifiers import Classifier, Recipe
+
+log = logging.getLogger(__name__)
+
+_NOISE = 3
+_SHARD_SAMPLES = 20_000
+"""Copies of a shard, about: long enough that its dispatch costs nothing, short enough to lose."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images of a data store, by their positions in a split."""
+
+    store: Path
+    split: str
+    positions: tuple[int, ...]
+
+    def images(self, numbers: Sequence[int]) -> Tensor:
+        """[len(numbers), C, H, W] in [0, 1]."""
+        return to_tensor(ImageStore.open(self.store).split(self.split).images[[self.positions[i] for i in numbers]])
+
+    def labels(self) -> list[int]:
+        labels = ImageStore.open(self.store).split(self.split).labels
+        return [int(labels[position]) for position in self.positions]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is certified, by which classifier, how. Plain values and paths: it travels to workers as it is."""
+
+    examples: Examples
+    classifier: Recipe
+    settings: Certification
+    seed: int
+
+    def build(self) -> Classifier:
+        return self.classifier.build(self.examples.images([0])[0])
+
+    def certificates(self, classifier: Classifier, numbers: Sequence[int]) -> Iterator[Certificate]:
+        """The certificates of some examples, in order."""
+        generators = (step_generator(self.seed, _NOISE, number) for number in numbers)
+        return certify_many(classifier, self._each(numbers), self.settings, generators=generators)
+
+    def _each(self, numbers: Sequence[int]) -> Iterator[Tensor]:
+        for number in numbers:
+            yield self.examples.images([number])[0]
+
+
+def certify_examples(
+    task: Task,
+    folder: Path,
+    *,
+    client: Client | None = None,
+    timeout_s: float = 60.0,
+    advanced: Callable[[Certificate], None] = lambda _: None,
+) -> tuple[Path, list[Certificate]]:
+    """The table of all certificates in `folder`, and the certificates in the order of the examples.
+
+    What an earlier call with the same task has left there, complete or not, is not done again. `advanced` is told of
+    every certificate that is new, when it is on disk. Without a client everything runs in this process.
+
+    Raises:
+        RequestError: the classifier cannot be built, or does not fit the examples.
+        WorkError: no worker for longer than `timeout_s`, the scheduler was lost, or a shard kills its workers.
+    """
+    kept = Certificates(folder, task.examples.labels())
+    missing = [number for number in range(len(task.examples.positions)) if number not in kept.found]
+    if missing:
+        coming = _here(task, missing) if client is None else _on_workers(task, missing, client, timeout_s)
+        for number, certificate in coming:
+            kept.add(number, certificate)
+            advanced(certificate)
+    return kept.table, kept.close()
+
+
+def done_before(folder: Path, examples: Examples) -> int:
+    """How many examples need no more work."""
+    return len(Certificates(folder, examples.labels()).found)
+
+
+def _here(task: Task, numbers: Sequence[int]) -> Iterator[tuple[int, Certificate]]:
+    yield from zip(numbers, task.certificates(task.build(), numbers), strict=True)
+
+
+class CertificationWorker(WorkerPlugin):
+    """A worker's classifier; built when first needed, so that its mistakes are those of a task and are reported."""
+
+    def __init__(self, name: str, task: Task) -> None:
+        self.name, self._task = name, task
+        self._classifier: Classifier | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CertificationWorker, (self.name, self._task)
+
+    def setup(self, worker: Worker) -> None:
+        torch.set_num_threads(1)
+
+    def certificates(self, numbers: Sequence[int]) -> list[Certificate]:
+        if self._classifier is None:
+            self._classifier = self._task.build()
+        return list(self._task.certificates(self._classifier, numbers))
+
+
+def _shard(plugin: str, numbers: Sequence[int]) -> list[Certificate]:
+    worker: CertificationWorker | None = get_worker().plugins.get(plugin)
+    return [] if worker is None else worker.certificates(numbers)  # the run was stopped: nobody reads this
+
+
+def _on_workers(
+    task: Task, numbers: Sequence[int], client: Client, timeout_s: float
+) -> Iterator[tuple[int, Certificate]]:
+    """Certificates as they come, in any order."""
+    name = f"deepzero-certification-{uuid4().hex}"
+    size = max(1, _SHARD_SAMPLES // (task.settings.n0 + task.settings.n))
+    client.register_plugin(CertificationWorker(name, task))
+    shards: dict[Future, Sequence[int]] = {}
+    try:
+        for position in range(0, len(numbers), size):
+            part = numbers[position : position + size]
+            shards[client.submit(_shard, name, part, key=f"{name}-{part[0]}", pure=False)] = part
+        while shards:
+            for future in _finished(client, list(shards), timeout_s):
+                yield from zip(shards.pop(future), future.result(), strict=True)
+    except KilledWorker as error:
+        raise WorkError(
+            f"a shard of examples was tried on {error.allowed_failures + 1} Dask workers and each of them died; see to "
+            "their memory, or take a smaller certification.batch_size"
+        ) from error
+    except (CancelledError, OSError) as error:
+        raise WorkError("the Dask scheduler was lost in the middle of a certification") from error
+    finally:
+        if client.status == "running":
+            with suppress(CancelledError, OSError, TimeoutError):
+                client.cancel(list(shards))
+                client.unregister_worker_plugin(name)
+
+
+def _finished(client: Client, futures: Sequence[Future], timeout_s: float) -> list[Future]:
+    """Some that have ended. A shard may take as long as it takes; workers have to be there."""
+    alone = None
+    while True:
+        try:
+            return list(wait_for(futures, timeout=min(5.0, timeout_s), return_when="FIRST_COMPLETED").done)
+        except TimeoutError:
+            if client.status != "running":
+                raise ConnectionError(f"the Dask client is {client.status}") from None
+            if client.scheduler_info(n_workers=-1)["workers"]:
+                alone = None
+                continue
+            alone = alone or time.monotonic()
+            if time.monotonic() - alone > timeout_s:
+                raise WorkError(f"there has been no Dask worker for {timeout_s:g} s") from None
