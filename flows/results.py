@@ -40,15 +40,14 @@ def find(run: str | None) -> Path:
 
 def conclude(console: Console, result_file: Path) -> None:
     """The closing table of a result, and where everything lies."""
-    from tasks.report import methods_table
     from tasks.tracking import ui_command
 
     result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
-    methods = methods_table(result["methods"])
+    methods = result["table"]
     table = Table(title=result["title"], title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for column in methods.columns:
+    for column in methods["columns"]:
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for row in methods.rows:
+    for row in methods["rows"]:
         table.add_row(*row)
     console.print(table)
     places = {

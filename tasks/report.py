@@ -1,48 +1,19 @@
-"""The report of a flow: a page to read, the same as Markdown, and the numbers for machines."""
+"""The report of training a classifier, and of certifying it."""
 
-import base64
-import json
-import secrets
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from deepzero_core.errors import RequestError, WorkError
+from deepzero_core.errors import WorkError
 from tasks import plots
 from tasks.history import read
+from tasks.page import Page, Table, write_page
 from tasks.plots import METHOD_NAMES, percent
 from tasks.records import Certified, MethodResult, Prepared, Pruned, Reported
 
 SCHEMA_VERSION = 1
-_HTML, _MARKDOWN, _RESULT = "report.html", "report.md", "result.json"
 _MINUS, _DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; the first column names the row."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn file of the report's folder: `uri` holds its content, `width` is that of its inches in CSS pixels."""
-
-    file: str
-    title: str
-    caption: str
-    uri: str
-    width: int
-    table: Table | None = None
 
 
 def write_report(
@@ -64,6 +35,7 @@ def write_report(
 
         schema_version   1; a later number when a key changes its meaning or goes
         title, created   created: ISO 8601, UTC
+        table            {columns, rows}: the closing table, as text
         experiment_yaml  the resolved configuration
         methods          list, the main method first, of {method, sparsity (null: dense), test_accuracy, test_loss,
                          gap_to_first_order (share; null without that baseline), queries, steps, seconds, confusion}
@@ -94,31 +66,24 @@ def write_report(
     """
     if not results:
         raise WorkError("a report needs the result of at least one method")
-    _refuse_foreign(folder)
-    staging = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.tmp"
-    try:
-        staging.mkdir(parents=True)
-        pictures = _draw(staging, results, pruned, prepared, certified)
-        result = _result(results, pruned, prepared, certified) | {
-            "schema_version": SCHEMA_VERSION,
-            "title": title,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "experiment_yaml": experiment_yaml,
-            "environment": dict(environment),
-            "mlflow_url": mlflow_url,
-            "notes": list(notes),
-            "pictures": {Path(picture.file).stem: picture.file for picture in pictures},
-        }
-        facts, table = _facts(results, certified), methods_table(result["methods"])
-        (staging / _RESULT).write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (staging / _MARKDOWN).write_text(_markdown(result, facts, table, pictures), encoding="utf-8")
-        (staging / _HTML).write_text(_html(result, facts, table, pictures), encoding="utf-8")
-        _install(staging, folder)
-    except OSError as error:
-        raise WorkError(f"the report {folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return Reported(folder=folder, html=folder / _HTML, markdown=folder / _MARKDOWN, result=folder / _RESULT)
+    result = _result(results, pruned, prepared, certified) | {
+        "schema_version": SCHEMA_VERSION,
+        "title": title,
+        "experiment_yaml": experiment_yaml,
+        "environment": dict(environment),
+        "mlflow_url": mlflow_url,
+        "notes": list(notes),
+    }
+    return write_page(
+        folder,
+        Page(
+            result=result,
+            facts=_facts(results, certified),
+            heading="Methods",
+            table=methods_table(result["methods"]),
+            draw=lambda gallery: _draw(gallery.add, results, pruned, prepared, certified),
+        ),
+    )
 
 
 def methods_table(methods: Sequence[Mapping[str, Any]]) -> Table:
@@ -182,22 +147,13 @@ def _facts(results: Sequence[MethodResult], certified: Certified | None) -> list
 
 
 def _draw(
-    folder: Path,
+    add: Callable[..., None],
     results: Sequence[MethodResult],
     pruned: Pruned | None,
     prepared: Prepared,
     certified: Certified | None,
-) -> list[Picture]:
+) -> None:
     main = results[0]
-    pictures: list[Picture] = []
-
-    def add(file: str, title: str, caption: str, draw: Callable[[Path], None], table: Table | None = None) -> None:
-        draw(folder / file)
-        content = (folder / file).read_bytes()
-        uri = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
-        pixels = int.from_bytes(content[16:20], "big")  # width field of a PNG's header
-        pictures.append(Picture(file, title, caption, uri, round(96 * pixels / plots.DPI), table))
-
     add(
         "learning-curves.png",
         "Learning curves",
@@ -247,7 +203,6 @@ def _draw(
                 (("certified accuracy", *(f"{100 * certified.accuracy_at[radius]:.1f}%" for radius in radii)),),
             ),
         )
-    return pictures
 
 
 def _saved(certified: Certified) -> str:
@@ -304,90 +259,19 @@ def _result(
         certification["accuracy_at"] = sorted(certified.accuracy_at.items())
     return {
         "methods": methods,
-        "data": {
-            "name": prepared.name,
-            "digest": prepared.digest,
-            "train": prepared.counts.get("train", 0),
-            "test": prepared.counts.get("test", 0),
-            "class_names": prepared.class_names,
-            "image_shape": prepared.image_shape,
-        },
+        "data": data_of(prepared),
         "pruning": None if pruned is None else pruned.model_dump(mode="json", exclude={"folder"}),
         "certification": certification,
     }
 
 
-def _html(result: dict[str, Any], facts: list[tuple[str, str]], table: Table, pictures: Sequence[Picture]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tasks", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["thousands"] = lambda number: f"{number:,}"
-    url = result["mlflow_url"]
-    # Escaping does not make javascript: harmless.
-    link = url if url and url.startswith(("http://", "https://")) else None
-    return environment.get_template("report.html.j2").render(
-        result=result, date=_date(result), facts=facts, table=table, pictures=pictures, mlflow_url=link
-    )
-
-
-def _markdown(result: dict[str, Any], facts: list[tuple[str, str]], table: Table, pictures: Sequence[Picture]) -> str:
-    data = result["data"]
-    parts = [
-        f"# {_plain(result['title'])}",
-        f"{_date(result)} · {_plain(data['name'])}, {data['train']:,} training and {data['test']:,} test images"
-        + (f" · [MLflow run](<{result['mlflow_url']}>)" if result["mlflow_url"] else ""),
-        " · ".join(f"**{value}** {label}" for value, label in facts),
-        "## Methods",
-        _markdown_table(table),
-        table.caption,
-    ]
-    for picture in pictures:
-        parts += [f"## {picture.title}", f"![{picture.title}]({picture.file})", _plain(picture.caption)]
-        parts += [_markdown_table(picture.table)] if picture.table else []
-    if result["notes"]:
-        parts += ["## Notes", "\n".join(f"- {_plain(note)}" for note in result["notes"])]
-    environment = [f"- {name}: {_plain(value)}" for name, value in result["environment"].items()]
-    parts += ["## Configuration", f"````yaml\n{result['experiment_yaml'].strip()}\n````"]
-    parts += ["## Environment", "\n".join(environment)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _date(result: Mapping[str, Any]) -> str:
-    return f"{datetime.fromisoformat(result['created']):%d %B %Y, %H:%M} UTC".lstrip("0")
-
-
-def _markdown_table(table: Table) -> str:
-    rule = "|".join(("---", *("---:" for _ in table.columns[1:])))
-    lines = [" | ".join(map(_plain, row)) for row in (table.columns, *table.rows)]
-    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
-
-
-def _plain(text: str) -> str:
-    """Text on one line in which Markdown sees no table, link or tag."""
-    escaped = "".join(f"\\{character}" if character in "\\|`*_<>[]" else character for character in text)
-    return " ".join(escaped.split())
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _RESULT).is_file():
-        raise RequestError(f"{folder} holds files that are not a report's; move them or name another folder")
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder} must be a folder for the report, but is a file")
-
-
-def _install(staging: Path, folder: Path) -> None:
-    retired = staging.with_suffix(".old.tmp")
-    if folder.exists():
-        folder.rename(retired)
-    try:
-        staging.rename(folder)
-    except OSError:
-        if retired.exists() and not folder.exists():
-            retired.rename(folder)
-        raise
-    finally:
-        shutil.rmtree(retired, ignore_errors=True)
+def data_of(prepared: Prepared) -> dict[str, Any]:
+    """What a report says of its data."""
+    return {
+        "name": prepared.name,
+        "digest": prepared.digest,
+        "train": prepared.counts.get("train", 0),
+        "test": prepared.counts.get("test", 0),
+        "class_names": prepared.class_names,
+        "image_shape": prepared.image_shape,
+    }

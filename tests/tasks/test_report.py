@@ -191,7 +191,7 @@ def test_result_for_machines(material: Material, tmp_path: Path) -> None:
     assert text == json.dumps(found, indent=2, sort_keys=True) + "\n"
     assert set(found) == {
         "certification", "created", "data", "environment", "experiment_yaml", "methods", "mlflow_url", "notes",
-        "pictures", "pruning", "schema_version", "title",
+        "pictures", "pruning", "schema_version", "table", "title",
     }  # fmt: skip
     assert found["schema_version"] == 1
     assert [method["method"] for method in found["methods"]] == ["cge", "first-order", "first-order-sparse-gradients"]
