@@ -1,7 +1,7 @@
 """The mathematics of deepzero: estimators, sparsity, smoothing, training. Pure: no orchestration, no tracking.
 
 from deepzero_core import cge, rge, forward_gradient, first_order, reference, GradientEstimate
-from deepzero_core import BlackBox, behind
+from deepzero_core import BlackBox, behind, open_oracle, as_layer
 from deepzero_core import grasp_scores, zo_grasp_scores, layer_ratios, draw_masks
 from deepzero_core import certify, predict
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deepzero_core.estimators import GradientEstimate, cge, first_order, forward_gradient, rge
+    from deepzero_core.oracle import as_layer, open_oracle
     from deepzero_core.perturb import reference
     from deepzero_core.perturb.black_box import BlackBox, behind
     from deepzero_core.smoothing import Certificate, certify, predict
@@ -27,6 +28,7 @@ __all__ = [
     "BlackBox",
     "Certificate",
     "GradientEstimate",
+    "as_layer",
     "behind",
     "certify",
     "cge",
@@ -36,6 +38,7 @@ __all__ = [
     "grasp_scores",
     "layer_ratios",
     "magnitude_scores",
+    "open_oracle",
     "predict",
     "random_scores",
     "reference",
@@ -45,6 +48,7 @@ __all__ = [
 
 _HOMES = {
     "estimators": ("GradientEstimate", "cge", "first_order", "forward_gradient", "rge"),
+    "oracle": ("as_layer", "open_oracle"),
     "perturb": ("reference",),
     "perturb.black_box": ("BlackBox", "behind"),
     "smoothing": ("Certificate", "certify", "predict"),

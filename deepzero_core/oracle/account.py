@@ -65,7 +65,8 @@ class MemoryAccount:
         return {"usage": self.usage}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["usage"])  # type: ignore[misc]
+        self.usage = state["usage"]
+        self._lock = threading.Lock()
 
 
 _COLUMNS = [f.name for f in fields(Usage)]

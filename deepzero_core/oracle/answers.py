@@ -31,8 +31,9 @@ def as_tensor(name: str, answer: Any, examples: int) -> Tensor:
     elif isinstance(answer, np.ndarray | np.generic):
         if answer.dtype.kind not in "fiub":
             raise _misfit(name, f"an array of {answer.dtype}", examples)
-        # A copy: the box may go on writing into its own array.
-        tensor = torch.from_numpy(np.array(answer))
+        # A copy, as the box may go on writing into its own array, of a type that torch has.
+        kind = answer.dtype if answer.dtype.kind != "f" else np.float64 if answer.dtype.itemsize > 4 else np.float32
+        tensor = torch.from_numpy(np.array(answer, kind))
     else:
         raise _misfit(name, f"a {type(answer).__name__}", examples)
     if not tensor.is_floating_point():
@@ -81,7 +82,7 @@ def check(name: str, answers: Answers, answer: Tensor, *, examples: int, classes
         hint = _LABELS if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1) else ""
         raise _misfit(name, _form(answer), examples, hint, classes)
     if shape[1] < 2:
-        raise _misfit(name, f"{shape[1]} number for each example", examples, "a choice needs at least two classes")
+        raise _misfit(name, f"rows of {shape[1]}", examples, "a choice needs at least two classes", classes)
     bad = answer.numel() - int(answer.isfinite().sum())
     if bad:
         raise WorkError(f"the black box {name} answered {bad} numbers of {answer.numel()} that are not finite")

@@ -107,21 +107,26 @@ class Database:
         # A connection that came with a fork belongs to the parent: it is neither used nor closed here.
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.OperationalError) as error:
+            # Tables are made and the kind of journal is chosen by one process while the others wait.
+            with FileLock(f"{self.path}.lock", timeout=_BUSY_S):
+                connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+                try:
+                    self._prepare(connection)
+                except BaseException:
+                    connection.close()
+                    raise
+        except OSError as error:
+            raise RequestError(f"the {self._what} {self.path} cannot be opened: {error.strerror or error}") from None
+        except sqlite3.OperationalError as error:
             raise RequestError(f"the {self._what} {self.path} cannot be opened: {error}") from None
-        try:
-            self._prepare(connection)
-        except BaseException:
-            connection.close()
-            raise
         self._connection, self._process = connection, os.getpid()
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        self._inode = self.path.stat().st_ino if self.path.exists() else None
+        self._inode = self.path.stat().st_ino
         mark = connection.execute("PRAGMA application_id").fetchone()[0]
-        if mark != self._application_id and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if mark != self._application_id and tables:
             raise RequestError(f"{self.path} is a database of something else, not a {self._what}; name another file")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")

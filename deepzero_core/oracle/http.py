@@ -30,7 +30,7 @@ class HttpOracle:
         template: JSON with "$batch" where the batch goes as nested lists; by default MLflow's {"inputs": "$batch"}.
         answer_at: the dotted path to the rows in the answer, as "predictions" or "outputs.0.data" or
             "predictions.*.scores" (the scores of each of a list of objects); "" where the answer is the rows.
-        batch_size: the most examples of one query; None: any number.
+        batch_size: the most examples of one query; None: any number, however long the request becomes.
         headers: further headers. Whatever is secret belongs into the token: headers are shown in configurations.
         token_env, token_file: the environment variable or the file that holds the token, read when a request is sent.
         token_header: its header: "Authorization" (after the word Bearer) or one of the service's own.
@@ -55,7 +55,7 @@ class HttpOracle:
         answers: Answers = "logits",
         template: Any = None,
         answer_at: str = "predictions",
-        batch_size: int | None = None,
+        batch_size: int | None = 128,
         headers: Mapping[str, str] | None = None,
         token_env: str | None = None,
         token_file: str | None = None,

@@ -1,5 +1,6 @@
 """Around any black box: its questions cut, counted, paced and paid for, its answers checked and kept."""
 
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ class Metered:
 
     A question is cut into calls of at most `batch_size` examples. With a cache, what it knows is not asked and costs
     nothing, and an example that stands twice in a question is asked once. What a call answers is in the cache before
-    the next one is made, so that a run that ends there has lost nothing.
+    the next one is made, so that a run that ends there has lost nothing. Threads take turns; several processes with one
+    cache may ask the same thing at the same moment, and then pay twice.
 
     The budget counts examples. A question that would exceed it is refused before anything is sent. Examples of a call
     that the box never answered (`BlackBoxUnavailableError`) are given back; what else was sent stays counted, a wrong
@@ -81,6 +83,7 @@ class Metered:
         self._own_account = account is None
         self._account: Account = account or MemoryAccount()
         self._doubted = False
+        self._lock = threading.RLock()
 
     @property
     def name(self) -> str:
@@ -118,28 +121,16 @@ class Metered:
         """See `Oracle.query`; any number of examples N ≥ 1.
 
         Raises:
-            QueryBudgetError: more examples have to be asked than are left; nothing was sent.
+            QueryBudgetError: more examples have to be asked than are left; nothing was sent. (Where processes share an
+                account, another may spend the rest while a question is being asked: what was answered is in the cache.)
             RequestError, WorkError: as the box, and for an answer that is none (`deepzero_core.oracle.answers`).
         """
         batch = question(self, batch)
-        if self._cache is None or self._identity is None:
+        with self._lock:
+            if self._cache is not None and self._identity is not None:
+                return self._ask_what_is_new(batch, self._identity, self._cache)
             self._afford(len(batch))
             return torch.cat([self._call(piece) for piece in batch.split(self._most or len(batch))])
-        keys = keys_of(self._identity, batch)
-        rows = self._cache.get(keys)
-        # The first of equal examples stands for all of them.
-        unknown = {key: i for i, key in reversed(list(enumerate(keys))) if key not in rows}
-        asked = sorted(unknown.values())
-        self._afford(len(asked))
-        if len(asked) < len(batch):
-            self._account.add(Usage(cached=len(batch) - len(asked)))
-        for start in range(0, len(asked), self._most or len(batch)):
-            some = asked[start : start + (self._most or len(batch))]
-            answered = dict(zip((keys[i] for i in some), self._call(batch[some]), strict=True))
-            self._cache.put(answered)
-            rows |= answered
-        answer = torch.stack([rows[key] for key in keys])
-        return check(self.name, self.answers, answer, examples=len(batch), classes=self.classes)
 
     def close(self) -> None:
         """Close the box, the cache and the account; the next query opens them again."""
@@ -159,10 +150,31 @@ class Metered:
                 f"the budget of the black box {self.name} is counted in this process; to share it with others give it "
                 "a StoredAccount"
             )
-        return self.__dict__
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
 
     def __repr__(self) -> str:
         return f"Metered({self.oracle!r}, budget={self.budget}, cached={self._cache is not None})"
+
+    def _ask_what_is_new(self, batch: Tensor, identity: str, cache: ResponseCache) -> Tensor:
+        keys = keys_of(identity, batch)
+        rows = cache.get(keys)
+        # The first of equal examples stands for all of them.
+        unknown = {key: i for i, key in reversed(list(enumerate(keys))) if key not in rows}
+        asked = sorted(unknown.values())
+        self._afford(len(asked))
+        if len(asked) < len(batch):
+            self._account.add(Usage(cached=len(batch) - len(asked)))
+        for start in range(0, len(asked), self._most or len(batch)):
+            some = asked[start : start + (self._most or len(batch))]
+            answered = dict(zip((keys[i] for i in some), self._call(batch[some]), strict=True))
+            cache.put(answered)
+            rows |= answered
+        answer = torch.stack([rows[key] for key in keys])
+        return check(self.name, self.answers, answer, examples=len(batch), classes=self.classes)
 
     def _afford(self, examples: int) -> None:
         refuse_over(self.budget, self._account.usage.examples, examples)

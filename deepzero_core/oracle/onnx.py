@@ -94,7 +94,7 @@ class OnnxOracle:
                 f"the black box {self.name} failed on a question of shape {list(batch.shape)}: {reason(error)}"
             ) from error
         tensor = as_tensor(self.name, answer, len(batch))
-        return tensor[: len(batch)] if len(tensor) == self._fixed else tensor
+        return tensor[: len(batch)] if tensor.ndim and len(tensor) == self._fixed else tensor
 
     def close(self) -> None:
         """Give the memory of the network back; the next query reads the file again."""

@@ -182,7 +182,7 @@ WRONG: dict[str, tuple[Reply, type[Exception], str]] = {
     "text for a number": (says('{"predictions": [["1", 2], [1, 2]]}'), RequestError, "the text '1' at row 0"),
     "one row": (says('{"predictions": [[1, 2, 3]]}'), RequestError, r"of shape \[1, 3\]; expected .* \[2, K\]"),
     "no row": (says('{"predictions": []}'), RequestError, r"of shape \[0, 0\]"),
-    "no column": (says('{"predictions": [[], []]}'), RequestError, "0 number"),
+    "no column": (says('{"predictions": [[], []]}'), RequestError, "rows of 0"),
     "no list": (says('{"predictions": null}'), RequestError, "answered null"),
     "400": (says('{"message": "wrong shape"}', 400), RequestError, "refuses .* answered 400 .*wrong shape"),
     "401": (says("no", 401), RequestError, "is the token right"),

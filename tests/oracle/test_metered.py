@@ -86,7 +86,7 @@ def test_a_server_that_goes_away_takes_nothing_with_it(server: Server, tmp_path:
     with pytest.raises(BlackBoxUnavailableError, match="503"):
         first.query(images(8))
     assert (first.statistics.examples, first.statistics.calls, first.budget_left) == (4, 2, 5)
-    assert first.statistics.retries == server.oracle().retries + len(server.waits)
+    assert first.statistics.retries == len(server.waits) > 0
     first.close()
 
     server.script, asked = [], len(server.requests)
