@@ -19,8 +19,8 @@ class Autoencoder(nn.Module):
     """Images halved until a side is at most 4, a linear layer to the latent, and the same way back.
 
     Every halving is [conv3×3(stride 2) – BatchNorm – ReLU] with width, 2·width and then 4·width channels; an odd side
-    is halved upwards. Every doubling is nearest neighbours to the size before and [conv3×3 – BatchNorm – ReLU]; the last
-    one is a convolution alone, so that the output is not bounded.
+    is halved upwards. Every doubling is nearest neighbours to the size before and [conv3×3 – BatchNorm – ReLU]; the
+    last one is a convolution alone, so that the output is not bounded.
 
     image_size: side of the square image, or (H, W), pixels, at least 8. latent: numbers per image.
     Source: Zhang et al. 2022 (How to robustify black-box ML models?), made to fit any size.
