@@ -97,7 +97,7 @@ CASES = {
         Case(
             "dncnn17",
             "DnCNN-17, 1,152 coordinates, batch 64",
-            lambda: denoising(models.DnCNN, 64),
+            lambda: denoising(models.dncnn, 64),
             lambda module: spread(module, maskable_parameters(module), 1152),
         ),
         Case(

@@ -5,27 +5,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.problem import Block
+from deepzero_core.models import DnCNN
 
 
-class DnCNN(nn.Module):
-    """A denoiser with residual output, x − net(x): [B, C, H, W] → the same. Source: Zhang et al. 2017.
-
-    conv3×3 – ReLU, then (depth − 2) × [conv3×3 – BatchNorm – ReLU], then conv3×3. Orthogonal weights, also the last
-    ones, which training would start from zero: with zeros no other parameter moves the loss.
-    """
-
-    def __init__(self, depth: int = 17, width: int = 64, channels: int = 3) -> None:
-        super().__init__()
-        first = nn.Sequential(_conv3x3(channels, width, bias=True), nn.ReLU())
-        middle = (
-            nn.Sequential(_conv3x3(width, width), nn.BatchNorm2d(width, eps=1e-4, momentum=0.05), nn.ReLU())
-            for _ in range(depth - 2)
-        )
-        self.layers = nn.Sequential(first, *middle, _conv3x3(width, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        noise: Tensor = self.layers(x)
-        return x - noise
+def dncnn(depth: int = 17, width: int = 64, channels: int = 3) -> nn.Module:
+    """The package's DnCNN with an orthogonal last convolution: with zeros no other parameter moves the loss."""
+    network = DnCNN(channels, depth=depth, width=width)
+    last = network.layers[-1]
+    assert isinstance(last, nn.Conv2d)
+    nn.init.orthogonal_(last.weight)
+    return network
 
 
 class Encoder(nn.Module):
@@ -94,9 +83,3 @@ def cut_vit(network: nn.Module, _: Tensor) -> list[Block]:
         *(Block(encoder, (f"encoders.{i}",)) for i, encoder in enumerate(network.encoders)),
         Block(network.scores, ("norm", "head")),
     ]
-
-
-def _conv3x3(in_width: int, width: int, *, bias: bool = False) -> nn.Conv2d:
-    conv = nn.Conv2d(in_width, width, kernel_size=3, padding=1, bias=bias)
-    nn.init.orthogonal_(conv.weight)
-    return conv

@@ -31,7 +31,7 @@ def small_cnn() -> nn.Module:
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "cnn": lambda: classification(small_cnn, models.cut_sequential, 6, 8),
     "resnet": lambda: classification(ratios.resnet20, models.cut_resnet, 3, 8),
-    "dncnn": lambda: denoising(lambda: models.DnCNN(4, 6), 3, 8),
+    "dncnn": lambda: denoising(lambda: models.dncnn(4, 6), 3, 8),
     "vit": lambda: classification(lambda: models.ViT(8, 4, 8, 2, 2), models.cut_vit, 5, 8),
 }
 BASELINES: dict[str, Callable[[Problem, float], Slopes]] = {
@@ -151,8 +151,8 @@ def test_ratios_give_the_papers_queries(sparsity: int, queries: int) -> None:
 
 
 def test_networks_have_the_sizes_they_are_known_for() -> None:
-    assert sum(parameter.numel() for parameter in models.DnCNN().parameters()) == 558_400
-    assert len(CASES["dncnn17"].coordinates(models.DnCNN())) == 17
+    assert sum(parameter.numel() for parameter in models.dncnn().parameters()) == 558_400
+    assert len(CASES["dncnn17"].coordinates(models.dncnn())) == 17
     for name, total in (("cnn5", 12_610), ("dncnn17", 1_152), ("vit", 1_000)):
         module = CASES[name].build().module
         assert sum(len(indices) for indices in CASES[name].coordinates(module).values()) == total

@@ -1,8 +1,10 @@
-"""Randomised smoothing: certified predictions of any classifier."""
+"""Randomised smoothing: certified predictions of any classifier, and denoisers that make them good ones."""
 
 from deepzero_core.smoothing.certify import certify, certify_many, predict
+from deepzero_core.smoothing.classifiers import hide, label_table, relabelled
 from deepzero_core.smoothing.courses import ABSTAIN, Certificate
 from deepzero_core.smoothing.inference import Inference
+from deepzero_core.smoothing.noise import noisy
 from deepzero_core.smoothing.settings import Certification
 from deepzero_core.smoothing.summary import (
     AccuracyCurve,
@@ -22,5 +24,9 @@ __all__ = [
     "certified_accuracy",
     "certify",
     "certify_many",
+    "hide",
+    "label_table",
+    "noisy",
     "predict",
+    "relabelled",
 ]

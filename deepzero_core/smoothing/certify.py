@@ -19,8 +19,8 @@ from torch import Tensor
 
 from deepzero_core.errors import RequestError
 from deepzero_core.smoothing.adaptive import adaptive as adaptive_course
+from deepzero_core.smoothing.copies import NoisyCopies
 from deepzero_core.smoothing.courses import Certificate, Course, fixed, prediction
-from deepzero_core.smoothing.noise import NoisyCopies
 from deepzero_core.smoothing.sampling import Classifier, run
 from deepzero_core.smoothing.settings import Certification, check
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from deepzero_core.errors import DeepZeroError, RequestError, WorkError
+from deepzero_core.smoothing.copies import NoisyCopies
 from deepzero_core.smoothing.courses import Course
-from deepzero_core.smoothing.noise import NoisyCopies
 
 Classifier = Callable[[Tensor], Tensor]
 R = TypeVar("R")

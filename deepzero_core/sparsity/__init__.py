@@ -1,5 +1,6 @@
 """Which weights are worth a query: scores, layer-wise pruning ratios and masks."""
 
+from deepzero_core.sparsity.budget import budget_ratios
 from deepzero_core.sparsity.masks import draw_masks, layer_ratios, top_masks
 from deepzero_core.sparsity.scores import (
     grasp_scores,
@@ -10,6 +11,7 @@ from deepzero_core.sparsity.scores import (
 )
 
 __all__ = [
+    "budget_ratios",
     "draw_masks",
     "grasp_scores",
     "layer_ratios",

@@ -56,12 +56,15 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: `step` counts from 1; loss and accuracy are the batch's, before the update; queries are cumulative."""
+    """One step: `step` counts from 1; loss and accuracy are the batch's, before the update; queries are cumulative.
+
+    accuracy: the share of targets that the outputs name; None where outputs are not scores [B, K] of classes.
+    """
 
     step: int
     epoch: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     learning_rate: float
     queries: int
     epoch_ends: bool
@@ -138,7 +141,7 @@ class Trainer:
             step=self.step,
             epoch=epoch,
             loss=estimate.loss,
-            accuracy=(estimate.outputs.argmax(1) == targets).float().mean().item(),
+            accuracy=_accuracy(estimate.outputs, targets),
             learning_rate=learning_rate,
             queries=self.queries,
             epoch_ends=index == per_epoch - 1,
@@ -204,6 +207,12 @@ class Trainer:
         drawn, kept = self.coordinates() or {}, state["masks"]
         if drawn.keys() != kept.keys() or any(not torch.equal(mask, drawn[name]) for name, mask in kept.items()):
             raise RequestError("the checkpoint was written with other layer-wise pruning ratios")
+
+
+def _accuracy(outputs: Any, targets: Tensor) -> float | None:
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
+        return None
+    return (outputs.argmax(1) == targets).float().mean().item()
 
 
 def build_optimizer(

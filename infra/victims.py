@@ -1,0 +1,59 @@
+"""The classifier that a defence stands in front of, opened from plain values by whoever needs it: here or on a worker.
+
+kind "trained": {"model": arguments of `build_model`, "weights": file, "mean", "std"}, a network of this project
+other kinds:    {"settings": of the adapter and of `Metered`, "cache": file or None, "account": [file, name]}
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepzero_core.errors import RequestError
+from deepzero_core.models import Normalised, build_model
+from deepzero_core.oracle import Metered, ModuleOracle, StoredAccount, open_oracle
+
+
+def open_victim(description: Mapping[str, Any]) -> Metered:
+    """The classifier as a black box: images [N, C, H, W] in [0, 1] → [N, K].
+
+    Raises:
+        RequestError: it cannot be opened as it is described.
+    """
+    if description["kind"] == "trained":
+        network = trained_network(description)
+        return Metered(ModuleOracle(network, name="classifier"), account=_account(description))
+    return open_oracle(
+        description["kind"],
+        cache=description["cache"],
+        account=_account(description),
+        **description["settings"],
+    )
+
+
+def white_box(description: Mapping[str, Any]) -> nn.Module:
+    """The same classifier as a module in evaluation mode, images in [0, 1] → logits: what no defence may look into.
+
+    Raises:
+        RequestError: it is not a network of torch.
+    """
+    if description["kind"] == "trained":
+        return trained_network(description)
+    if description["kind"] != "module":
+        raise RequestError(f"a classifier of kind {description['kind']!r} cannot be differentiated")
+    oracle = ModuleOracle(description["settings"]["module"])
+    return oracle.module.eval()
+
+
+def trained_network(description: Mapping[str, Any]) -> Normalised:
+    """A network of `build_model` with weights from a file, for images in [0, 1], in evaluation mode."""
+    module = build_model(**description["model"])
+    module.load_state_dict(torch.load(Path(description["weights"]), weights_only=True))
+    return Normalised(module, description["mean"], description["std"]).eval()
+
+
+def _account(description: Mapping[str, Any]) -> StoredAccount:
+    file, name = description["account"]
+    return StoredAccount(file, name)
