@@ -18,7 +18,7 @@ import typer
 
 from deepzero_core.errors import DeepZeroError, RequestError, suggest
 
-FLOWS = ("classify", "pipeline")
+FLOWS = ("classify", "pipeline", "defend")
 
 app = typer.Typer(
     name="deepzero",
@@ -141,7 +141,7 @@ def run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")] = False,
 ) -> None:
-    """Run a flow: train, evaluate, certify and report as its configuration says."""
+    """Run a flow: classify, pipeline (with certification), or defend a classifier that may only be queried."""
     if flow not in FLOWS:
         raise RequestError(f"there is no flow {flow!r}; {suggest(flow, FLOWS)}")
     import configs

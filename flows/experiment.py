@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from prefect.context import get_run_context
 
 import configs
-from configs.schema import Experiment
+from configs.schema import Section
 from tasks.environment import environment
 from tasks.stage import Tracking
 from tasks.tracking import Run, initialise
 
 
 @contextmanager
-def recorded(flow_name: str, experiment: Experiment) -> Iterator[Tracking]:
+def recorded(flow_name: str, experiment: Section) -> Iterator[Tracking]:
     """Open the flow run's parent run; it ends FINISHED, FAILED or KILLED with the flow."""
     experiment_id = initialise(experiment.name)
     flow_run = get_run_context().flow_run

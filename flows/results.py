@@ -50,6 +50,8 @@ def conclude(console: Console, result_file: Path) -> None:
     for row in methods["rows"]:
         table.add_row(*row)
     console.print(table)
+    for note in result["notes"]:
+        console.print(f"note: {note}", highlight=False)
     places = {
         "report": result_file.with_name("report.html"),
         "MLflow run": result["mlflow_url"],

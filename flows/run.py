@@ -4,14 +4,17 @@ import logging
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from configs.defence import Defence
 from configs.schema import Experiment
 from deepzero_core.errors import RequestError
+from flows.defence_plan import defence_plan
 from flows.results import conclude
 from infra import orchestration
 from infra.home import home
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from tasks.records import Reported
 
 
-def execute(flow_name: str, experiment: Experiment, *, json_file: Path | None, dry_run: bool) -> int:
+def execute(flow_name: str, experiment: Experiment | Defence, *, json_file: Path | None, dry_run: bool) -> int:
     """Run a flow in this process and print its closing table; the exit status.
 
     Raises:
@@ -31,20 +34,22 @@ def execute(flow_name: str, experiment: Experiment, *, json_file: Path | None, d
         WorkError: the work failed.
     """
     console = Console()
+    plan: Callable[..., Table] = _plan if isinstance(experiment, Experiment) else defence_plan
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="deepzero-dry-run-") as folder:
-            console.print(_plan(flow_name, experiment, Path(folder), predict=True))
+            console.print(plan(flow_name, experiment, Path(folder), predict=True))
         return 0
-    _plan(flow_name, experiment, home())
+    plan(flow_name, experiment, home())
     orchestration.configure()
     _show_warnings()
     signal.signal(signal.SIGTERM, _stopped)
     from flows.classify import classify
+    from flows.defend import defend
     from flows.pipeline import pipeline
     from tasks.stage import write_atomically
 
-    flow = {"classify": classify, "pipeline": pipeline}[flow_name]
-    reported: Reported = flow(experiment)
+    flows: dict[str, Callable[[Any], Reported]] = {"classify": classify, "pipeline": pipeline, "defend": defend}
+    reported = flows[flow_name](experiment)
     if json_file is not None:
         write_atomically(json_file, reported.result.read_text(encoding="utf-8"))
     conclude(console, reported.result)

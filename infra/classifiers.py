@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepzero_core.errors import RequestError
-from deepzero_core.models import Normalised, build_model
+from deepzero_core.models import Normalised, build_denoiser, build_model
+from deepzero_core.oracle import logits
 from deepzero_core.smoothing import Inference
+from infra.victims import open_victim, trained_network
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -56,3 +58,37 @@ def trained(
     module = build_model(**model)
     module.load_state_dict(torch.load(Path(weights), weights_only=True))
     return Inference(Normalised(module, mean, std), example)
+
+
+def defended(
+    example: Tensor, *, victim: Mapping[str, Any], purifier: Mapping[str, Any] | None, weights: str | None
+) -> Classifier:
+    """x ↦ f(D(x)): a classifier that is only queried, and the network that images go through before it sees them.
+
+    victim: see `infra.victims`. purifier, weights: see `purifier_of`; None: the classifier as it is.
+    """
+    network = None if purifier is None or weights is None else purifier_of(purifier, weights)
+    if victim["kind"] == "trained":
+        classifier = trained_network(victim)
+        return Inference(classifier if network is None else nn.Sequential(network, classifier), example)
+    box = open_victim(victim)
+    if network is None:
+        return lambda images: logits(box, images)
+    purify = Inference(network, example)
+    return lambda images: logits(box, purify(images))
+
+
+def purifier_of(purifier: Mapping[str, Any], weights: str) -> nn.Module:
+    """The network in front of a classifier, [N, C, H, W] → the same, in evaluation mode.
+
+    purifier: {"denoiser": arguments of `build_denoiser`, "autoencoder": the same or None}; an autoencoder comes behind.
+    """
+    network = purifying(purifier)
+    network.load_state_dict(torch.load(Path(weights), weights_only=True))
+    return network.eval()
+
+
+def purifying(purifier: Mapping[str, Any]) -> nn.Sequential:
+    """The same, its weights as they are built."""
+    parts = [build_denoiser(**purifier[name]) for name in ("denoiser", "autoencoder") if purifier[name] is not None]
+    return nn.Sequential(*parts)

@@ -1,7 +1,8 @@
 """The classifier that a defence stands in front of, opened from plain values by whoever needs it: here or on a worker.
 
 kind "trained": {"model": arguments of `build_model`, "weights": file, "mean", "std"}, a network of this project
-other kinds:    {"settings": of the adapter and of `Metered`, "cache": file or None, "account": [file, name]}
+other kinds:    {"settings": of the adapter and of `Metered`, "cache": file or None}
+all:            {"account": [file, name] or None}, where the images that it is asked about are counted
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepzero_core.callables import resolve
 from deepzero_core.errors import RequestError
 from deepzero_core.models import Normalised, build_model
 from deepzero_core.oracle import Metered, ModuleOracle, StoredAccount, open_oracle
@@ -43,8 +45,10 @@ def white_box(description: Mapping[str, Any]) -> nn.Module:
         return trained_network(description)
     if description["kind"] != "module":
         raise RequestError(f"a classifier of kind {description['kind']!r} cannot be differentiated")
-    oracle = ModuleOracle(description["settings"]["module"])
-    return oracle.module.eval()
+    module = resolve(description["settings"]["module"], what="classifier")()
+    if not isinstance(module, nn.Module):
+        raise RequestError(f"a classifier of kind 'module' is a torch.nn.Module, not a {type(module).__name__}")
+    return module.eval()
 
 
 def trained_network(description: Mapping[str, Any]) -> Normalised:
@@ -54,6 +58,5 @@ def trained_network(description: Mapping[str, Any]) -> Normalised:
     return Normalised(module, description["mean"], description["std"]).eval()
 
 
-def _account(description: Mapping[str, Any]) -> StoredAccount:
-    file, name = description["account"]
-    return StoredAccount(file, name)
+def _account(description: Mapping[str, Any]) -> StoredAccount | None:
+    return None if description["account"] is None else StoredAccount(*description["account"])

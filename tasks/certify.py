@@ -8,6 +8,7 @@ import torch
 from distributed import Client
 from prefect.states import State
 
+from configs.defence import Defence
 from configs.schema import CertificationConfig, ClusterConfig, Experiment
 from deepzero_core.data import ImageStore
 from deepzero_core.smoothing import (
@@ -19,9 +20,9 @@ from deepzero_core.smoothing import (
 from infra.certification import Examples, Task, certify_examples, done_before
 from infra.classifiers import Recipe
 from infra.cluster import connect
-from tasks.problem import problem_of, test_batches
+from tasks.problem import problem_of
 from tasks.progress import Progress
-from tasks.records import Certified, Prepared, Trained
+from tasks.records import Certified, Defended, Prepared, Trained, Victim
 from tasks.stage import Stage, Tracking, perform, stage_task
 
 
@@ -45,13 +46,19 @@ def certify(
         Certified,
         inputs,
         lambda stage: certified(
-            stage, experiment, examples_of(experiment, prepared), trained_recipe(experiment, prepared, trained)
+            stage,
+            experiment,
+            examples_of(experiment, prepared),
+            trained_recipe(experiment, prepared, trained),
+            seed=experiment.seed,
         ),
         label=trained.method,
     )
 
 
-def certified(stage: Stage, experiment: Experiment, examples: Examples, classifier: Recipe) -> Certified:
+def certified(
+    stage: Stage, experiment: Experiment | Defence, examples: Examples, classifier: Recipe, *, seed: int
+) -> Certified:
     """Certify examples by any classifier, as the experiment's `certification` and `cluster` say, into a stage's folder.
 
     The table grows example by example and outlives a kill; metrics and table go to the stage's MLflow run.
@@ -59,7 +66,7 @@ def certified(stage: Stage, experiment: Experiment, examples: Examples, classifi
     torch.set_num_threads(experiment.training.threads)
     started = time.perf_counter()
     config, labels = experiment.certification, examples.labels()
-    task = Task(examples, classifier, settings_of(config), experiment.seed)
+    task = Task(examples, classifier, settings_of(config), seed)
     done = done_before(stage.folder, examples)
     abstained = 0
     with (
@@ -113,10 +120,10 @@ def settings_of(config: CertificationConfig) -> Certification:
     )
 
 
-def examples_of(experiment: Experiment, prepared: Prepared) -> Examples:
+def examples_of(experiment: Experiment | Defence, prepared: Prepared) -> Examples:
     """Test examples, evenly spaced over what is tested on."""
     split = ImageStore.open(prepared.store).split("test")
-    total = len(test_batches(experiment, prepared))
+    total = min(experiment.data.test_limit or len(split), len(split))
     count = min(experiment.certification.examples, total)
     positions = tuple(position * total // count * len(split) // total for position in range(count))
     return Examples(prepared.store, "test", positions)
@@ -144,3 +151,36 @@ def _client(cluster: ClusterConfig, *, needed: bool) -> Iterator[Client | None]:
         return
     with connect(cluster.workers, cluster.address, cluster.timeout_s) as client:
         yield client
+
+
+@stage_task("certify")
+def certify_defended(
+    tracking: Tracking, defence: Defence, prepared: Prepared, victim: Victim, defended: Defended
+) -> State[Certified] | Certified:
+    """Certificates of x ↦ f(D(x)): the classifier behind what a method has put in front of it."""
+    inputs = {
+        "data": prepared,
+        "limit": defence.data.test_limit,
+        "victim": victim.fingerprint,
+        "purifier": defended.purifier,
+        "weights": defended.weights_digest,
+        "certification": defence.certification,
+        "seed": defended.seed,
+        "threads": defence.training.threads,
+    }
+    classifier = Recipe(
+        "infra.classifiers:defended",
+        {
+            "victim": victim.description,
+            "purifier": defended.purifier,
+            "weights": None if defended.weights is None else str(defended.weights),
+        },
+    )
+    return perform(
+        tracking,
+        "certify",
+        Certified,
+        inputs,
+        lambda stage: certified(stage, defence, examples_of(defence, prepared), classifier, seed=defended.seed),
+        label=f"{defended.method}, seed {defended.seed}",
+    )

@@ -122,11 +122,11 @@ def smooth(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 
 def learning_curves(results: Sequence[MethodResult], path: Path) -> None:
     """Training loss, smoothed over the raw one, and test accuracy, against steps: one line per method."""
-    with _figure(path, (9.6, 4.2)) as figure:
+    with new_figure(path, (9.6, 4.2)) as figure:
         left, right = figure.subplots(1, 2, sharex=True)
         lowest, highest = np.inf, 0.0
         for index, result in enumerate(results):
-            history, line = read_history(result.trained.history), _line(index)
+            history, line = read_history(result.trained.history), line_style(index)
             width = max(1, len(history.steps) // 40) | 1
             if len(results) <= 2:
                 left.plot(history.steps, history.loss, color=line["color"], alpha=0.22, linewidth=0.8)
@@ -142,7 +142,7 @@ def learning_curves(results: Sequence[MethodResult], path: Path) -> None:
         left.set_xlim(left=0)
         left.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         _percent(right)
-        _legend_below(figure, left, columns=2 if len(results) > 3 else max(1, len(results)))
+        legend_below(figure, left, columns=2 if len(results) > 3 else max(1, len(results)))
 
 
 def layer_ratios(pruned: Pruned, path: Path) -> None:
@@ -150,7 +150,7 @@ def layer_ratios(pruned: Pruned, path: Path) -> None:
     names = list(pruned.ratios)
     removed = np.array([pruned.ratios[name] for name in names])
     estimated = 1 - removed
-    with _figure(path, (9.6, max(2.4, 1.35 + 0.27 * len(names)))) as figure:
+    with new_figure(path, (9.6, max(2.4, 1.35 + 0.27 * len(names)))) as figure:
         axes = figure.subplots()
         rows = np.arange(len(names))
         axes.barh(rows, estimated, height=0.74, color=_BLUE, label="estimated")
@@ -174,7 +174,7 @@ def layer_ratios(pruned: Pruned, path: Path) -> None:
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        _legend_below(figure, axes, columns=3)
+        legend_below(figure, axes, columns=3)
 
 
 def confusion_matrix(evaluated: Evaluated, class_names: Sequence[str], path: Path) -> None:
@@ -186,7 +186,7 @@ def confusion_matrix(evaluated: Evaluated, class_names: Sequence[str], path: Pat
     labelled = classes <= 40
     side = min(9.5, 3.0 + 0.38 * classes) if labelled else 8.0
     # "compressed" is the layout that knows of axes of a fixed shape.
-    with _figure(path, (side + 1.0, side), layout="compressed") as figure:
+    with new_figure(path, (side + 1.0, side), layout="compressed") as figure:
         axes = figure.subplots()
         # The square root of a share, so that rare mistakes are seen beside a diagonal near one.
         image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
@@ -220,7 +220,7 @@ def confusion_matrix(evaluated: Evaluated, class_names: Sequence[str], path: Pat
 
 def accuracy_against_queries(results: Sequence[MethodResult], path: Path) -> None:
     """Test accuracy against the loss evaluations spent, on a logarithmic axis."""
-    with _figure(path, (7.6, 4.4)) as figure:
+    with new_figure(path, (7.6, 4.4)) as figure:
         axes = figure.subplots()
         for index, result in enumerate(results):
             history = read_history(result.trained.history)
@@ -231,7 +231,7 @@ def accuracy_against_queries(results: Sequence[MethodResult], path: Path) -> Non
                 label=method_name(result),
                 marker=_MARKERS[index % 7],
                 markevery=_every(history),
-                **_line(index),
+                **line_style(index),
             )
         axes.set_xscale("log")
         axes.set(
@@ -239,13 +239,13 @@ def accuracy_against_queries(results: Sequence[MethodResult], path: Path) -> Non
         )
         axes.set_ylabel("test accuracy")
         _percent(axes)
-        _legend_below(figure, axes, columns=2 if len(results) > 1 else 1)
+        legend_below(figure, axes, columns=2 if len(results) > 1 else 1)
 
 
 def certified_accuracy(certified: Certified, path: Path) -> None:
     """Certified accuracy against radius, at every radius at which it changes."""
     radii, shares = certified_steps(certified.table)
-    with _figure(path, (7.6, 4.4)) as figure:
+    with new_figure(path, (7.6, 4.4)) as figure:
         axes = figure.subplots()
         end = max([*certified.accuracy_at, float(radii[-1]) * 1.08, 0.1])
         axes.step([*radii, end], [*shares, 0.0], where="pre", color=_BLUE, label="certified accuracy")
@@ -264,7 +264,7 @@ def certified_accuracy(certified: Certified, path: Path) -> None:
         axes.set(xlabel="radius (ℓ₂, images in [0, 1])", ylabel="certified accuracy", ylim=(0, 1.05))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_yticks(np.arange(0, 1.01, 0.2))
-        _legend_below(figure, axes, columns=2)
+        legend_below(figure, axes, columns=2)
 
 
 def certified_steps(table: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -288,7 +288,7 @@ def loss_overlay(estimated: MethodResult, exact: MethodResult, path: Path) -> No
     first, second = read_history(estimated.trained.history), read_history(exact.trained.history)
     steps, one, two = np.intersect1d(first.steps, second.steps, return_indices=True)
     difference = first.loss[one] - second.loss[two]
-    with _figure(path, (7.6, 5.4)) as figure:
+    with new_figure(path, (7.6, 5.4)) as figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
         above.plot(second.steps, second.loss, color=_ORANGE, linewidth=3.2, alpha=0.75, label=method_name(exact))
         above.plot(first.steps, first.loss, color=_BLUE, linewidth=1.1, label=method_name(estimated))
@@ -302,7 +302,7 @@ def loss_overlay(estimated: MethodResult, exact: MethodResult, path: Path) -> No
         below.set_title(f"{' − '.join(names)}: root mean square {typical:.2g}, largest {largest:.2g}", fontsize=9.5)
         below.set(xlabel="step", ylabel="difference (nats)")
         below.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        _legend_below(figure, above, columns=2)
+        legend_below(figure, above, columns=2)
 
 
 def _every(history: Curves) -> int:
@@ -310,7 +310,7 @@ def _every(history: Curves) -> int:
     return max(1, len(history.test_steps) // 12)
 
 
-def _line(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
     # The main method is the broad line on which a baseline that coincides with it can still be seen.
     return {
         "color": _COLOURS[index % len(_COLOURS)],
@@ -330,13 +330,13 @@ def _plain_log_axis(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(plain)
 
 
-def _legend_below(figure: Figure, axes: Axes, *, columns: int) -> None:
+def legend_below(figure: Figure, axes: Axes, *, columns: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3)
 
 
 @contextmanager
-def _figure(
+def new_figure(
     path: Path, size: tuple[float, float], layout: Literal["constrained", "compressed"] = "constrained"
 ) -> Iterator[Figure]:
     """A figure of `size` inches, written to `path` when the block is left without an error."""

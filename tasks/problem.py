@@ -1,7 +1,9 @@
 """From configuration to the core's objects: the one place where the two vocabularies meet."""
 
-from configs.schema import Experiment
-from deepzero_core.data import BatchSource, ImageStore
+from typing import Any
+
+from configs.schema import Experiment, ModelConfig
+from deepzero_core.data import BatchSource, ImageStore, Split
 from infra.forward import Problem
 from tasks.records import Prepared
 
@@ -11,7 +13,6 @@ MIB = 1 << 20
 def problem_of(experiment: Experiment, prepared: Prepared) -> Problem:
     """Module, training batches and finite differences of an experiment, as workers build them too."""
     data, model = experiment.data, experiment.model
-    channels, height, width = prepared.image_shape
     return Problem(
         store=prepared.store,
         batches={
@@ -20,21 +21,35 @@ def problem_of(experiment: Experiment, prepared: Prepared) -> Problem:
             "augmentation": {"crop_padding": data.crop_padding, "flip": data.flip},
             "limit": data.train_limit,
         },
-        model={
-            "name": model.name,
-            "in_channels": channels,
-            "num_classes": len(prepared.class_names),
-            "image_size": (height, width),
-            "depth": model.depth,
-            "width": model.width,
-            "arguments": model.arguments,
-            "seed": experiment.seed,
-        },
+        model=model_of(model, prepared, experiment.seed),
         mu=experiment.estimator.mu,
         difference=experiment.estimator.difference,
         precision=experiment.estimator.precision,
         memory=experiment.estimator.memory_mib * MIB,
     )
+
+
+def model_of(model: ModelConfig, prepared: Prepared, seed: int) -> dict[str, Any]:
+    """Keyword arguments of `build_model` for a classifier of the data."""
+    channels, height, width = prepared.image_shape
+    return {
+        "name": model.name,
+        "in_channels": channels,
+        "num_classes": len(prepared.class_names),
+        "image_size": (height, width),
+        "depth": model.depth,
+        "width": model.width,
+        "arguments": model.arguments,
+        "seed": seed,
+    }
+
+
+def limited(split: Split, limit: int | None) -> Split:
+    """So many images of a split, evenly spaced over it; None, or more than there are: all."""
+    if limit is None or limit >= len(split):
+        return split
+    chosen = [position * len(split) // limit for position in range(limit)]
+    return Split(split.images[chosen], split.labels[chosen])
 
 
 def test_batches(experiment: Experiment, prepared: Prepared) -> BatchSource:

@@ -1,7 +1,7 @@
 """What the stages of a flow hand to each other: small, JSON-able, frozen. Everything large is a file that they name."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -121,3 +121,74 @@ class Reported(Record):
     html: Path
     markdown: Path
     result: Path
+
+
+class Victim(Record):
+    """A classifier that is to be defended, and what it has said so far."""
+
+    folder: Path
+    kind: str
+    name: str
+    description: dict[str, Any]
+    """What `infra.victims` opens."""
+    labels: Path
+    """numpy int64: its answer to every training image, as it is."""
+    fingerprint: str
+    """Of its answers: another classifier has another."""
+    accuracy: float
+    """On the test images, without noise and without defence."""
+    asked: int
+    """Images that this stage has asked it about."""
+    seconds: float
+
+
+class Pretrained(Record):
+    """A denoiser or an autoencoder that has learned to give back images."""
+
+    network: str
+    folder: Path
+    history: Path
+    weights: Path
+    weights_digest: str
+    parameters: int
+    loss: float
+    """Mean squared error per pixel of the last steps."""
+    seconds: float
+
+
+class Shares(Record):
+    """How the queries of a step of sparse estimation are shared out over the denoiser."""
+
+    ratios: dict[str, float]
+    """By parameter: the share of it that is not estimated."""
+    coordinates: int
+    queries: int
+    """Loss evaluations that the scores cost."""
+    seconds: float
+
+
+class Defended(Record):
+    """What a method has put in front of the classifier."""
+
+    method: str
+    seed: int
+    folder: Path
+    history: Path | None
+    weights: Path | None
+    """Of the network that images go through before the classifier sees them; None: they go through none."""
+    weights_digest: str
+    purifier: dict[str, Any] | None
+    """What `infra.classifiers` builds that network from."""
+    steps: int
+    queries: int
+    """Evaluations of the loss on a batch."""
+    asked: int
+    """Images that the classifier was asked about, in training."""
+    seconds: float
+
+
+class DefenceResult(Record):
+    """One method with one seed."""
+
+    defended: Defended
+    certified: Certified

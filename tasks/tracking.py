@@ -11,13 +11,13 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Param, RunTag
 
 from deepzero_core.errors import RequestError, WorkError
 from tasks.environment import environment, git_state
@@ -229,12 +229,20 @@ class Run:
         """
         from tasks.tracking_model import save_model  # torch is needed here only
 
+        return self.saved_model(name, lambda path, logged: save_model(module, example, path, logged, self.run_id))
+
+    def saved_model(self, name: str, save: Callable[[Path, LoggedModel], None]) -> str:
+        """Log what `save` writes, in MLflow's format, into the new folder it is given; the URI, models:/m-….
+
+        Raises:
+            WorkError: MLflow did not take it; and whatever `save` raises.
+        """
         with tempfile.TemporaryDirectory(prefix="deepzero-model-") as temporary, recording(f"model {name!r}"):
             logged = self._client.create_logged_model(self.experiment_id, name=name, source_run_id=self.run_id)
             status: Literal["READY", "FAILED"] = "FAILED"
             try:
                 path = Path(temporary) / "model"
-                save_model(module, example, path, logged, self.run_id)
+                save(path, logged)
                 self._client.log_model_artifacts(logged.model_id, str(path))
                 self._client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step=0)])
                 status = "READY"
