@@ -105,7 +105,7 @@ class HttpOracle:
     def mlflow(cls, url: str, **settings: Any) -> "HttpOracle":
         """What `mlflow models serve` serves: the address of the server, with or without /invocations.
 
-        The model's signature should name a tensor of floats, or it is asked in float64; what it predicts must be rows
+        The model's signature should name a tensor of floats, or MLflow hands it float64; what it predicts must be rows
         of scores, not labels.
         """
         path = url.rstrip("/")

@@ -39,12 +39,15 @@ def test_it_answers_what_the_network_answers(server: Server) -> None:
         assert box.statistics.seconds > 0
 
 
-def test_a_question_arrives_to_the_last_bit(server: Server) -> None:
-    x = images(3, seed=7).double() / 3
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_a_question_arrives_to_the_last_bit(server: Server, kind: torch.dtype) -> None:
+    x = (images(3, seed=7).double().abs() * 1e3 / 3).to(kind)
     server.script = [says('{"predictions": [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]}')]
     with server.oracle() as box:
         box.query(x)
-    assert torch.equal(torch.tensor(json.loads(server.requests[0][2])["inputs"], dtype=torch.float64), x)
+    arrived = json.loads(server.requests[0][2])["inputs"]
+    assert torch.equal(torch.tensor(arrived, dtype=torch.float64), x.double())
+    assert isinstance(arrived[0][0][0][0], float if kind.is_floating_point else int)
 
 
 PASSING: dict[str, Reply] = {
@@ -243,6 +246,7 @@ SET_UP: dict[str, tuple[dict[str, object], str]] = {
     "password": ({"url": "https://me:secret-word@host/x"}, "give it as a token"),
     "no batch": ({"template": {"inputs": 1}}, "holds it 0 times"),
     "two batches": ({"template": ["$batch", "$batch"]}, "holds it 2 times"),
+    "keys": ({"template": {1: "$batch"}}, "must be JSON"),
     "no JSON": ({"template": {"x": {1, 2}}}, "must be JSON"),
     "answers": ({"answers": "logit"}, "did you mean 'logits'"),
     "timeout": ({"timeout": 0}, "timeout must be a number above 0"),

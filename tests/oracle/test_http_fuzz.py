@@ -11,7 +11,7 @@ from scoring import Server, images, raw, says
 from deepzero_core.errors import DeepZeroError
 from deepzero_core.oracle import Metered
 
-QUICK = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 numbers = st.one_of(st.floats(), st.integers(), st.floats(0, 1))
 scalars = st.one_of(numbers, st.none(), st.booleans(), st.text(max_size=8))
