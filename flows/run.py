@@ -13,7 +13,7 @@ from rich.table import Table
 
 from configs.defence import Defence
 from configs.schema import Experiment
-from deepzero_core.errors import RequestError
+from deepzero_core.errors import DeepZeroError, RequestError
 from flows.defence_plan import defence_plan
 from flows.results import conclude
 from infra import orchestration
@@ -144,3 +144,12 @@ def _show_warnings() -> None:
         logger = logging.getLogger(package)
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+    for runs in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(runs).addFilter(_sentence)
+
+
+def _sentence(record: logging.LogRecord) -> bool:
+    """Prefect logs what ends a run with its traceback; of our own errors the sentence says all."""
+    if record.exc_info and isinstance(record.exc_info[1], DeepZeroError):
+        record.exc_info = None
+    return True

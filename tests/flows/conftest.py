@@ -82,11 +82,11 @@ class Home:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         return list(client.search_runs(experiments, order_by=["attributes.start_time"], max_results=1000))
 
-    def wait_for_step(self, process: "subprocess.Popen[str]", step: int) -> None:
+    def wait_for_step(self, process: "subprocess.Popen[str]", step: int, stage: str = "train") -> None:
         """Until the training has written a checkpoint of that step or a later one."""
         deadline = time.monotonic() + PATIENCE_S
         while not any(
-            int(path.stem.partition("-")[2]) >= step for path in self.path.glob("stages/train/*/checkpoints/*.ckpt")
+            int(path.stem.partition("-")[2]) >= step for path in self.path.glob(f"stages/{stage}/*/checkpoints/*.ckpt")
         ):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, "the training does not come to that step"

@@ -1,80 +1,26 @@
 """MLflow's own scoring server, serving a network that this project has logged and that was registered."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-import mlflow
 import pytest
 import torch
-from mlflow import MlflowClient
 from scoring import images, network
+from serving import Serving
 from torch.nn import functional as F
 
 from deepzero_core import behind, cge
 from deepzero_core.errors import RequestError
 from deepzero_core.oracle import BlackBoxUnavailableError, as_layer, logits, open_oracle
-from tasks.tracking import Run, initialise, tracking_uri
-
-
-@dataclass(frozen=True)
-class Serving:
-    url: str
-    process: "subprocess.Popen[bytes]"
 
 
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    folder = tmp_path_factory.mktemp("serving")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEEPZERO_HOME", str(folder))
-        patch.delenv("MLFLOW_TRACKING_URI")
-        with Run.start(initialise("serving"), "model") as run:
-            uri = run.model(network(), images(2), "classifier")
-        store = tracking_uri()
-        # The registry looks the logged model up by MLflow's global address.
-        patch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", store)
-        client = MlflowClient(tracking_uri=store, registry_uri=store)
-        client.create_registered_model("digits")
-        client.create_model_version("digits", source=uri, run_id=run.run_id)
-        client.set_registered_model_alias("digits", "champion", "1")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = "models serve -m models:/digits@champion --env-manager local --host 127.0.0.1 --workers 1 --port"
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", *command.split(), str(port)],
-            env={**os.environ, "MLFLOW_TRACKING_URI": store},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    server = Serving(network(), images(2), tmp_path_factory.mktemp("serving"))
     try:
-        _wait_for(f"http://127.0.0.1:{port}", process, folder / "log")
-        yield Serving(f"http://127.0.0.1:{port}", process)
+        yield server
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it and the workers that it has started
-        process.wait(30)
-
-
-def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
-                return
-        time.sleep(0.1)
-    pytest.fail(f"the server did not start: {log.read_text(errors='replace')[-2000:]}")
+        server.kill()
 
 
 def test_it_answers_what_the_network_answers(serving: Serving) -> None:
@@ -120,8 +66,7 @@ def test_it_dies_and_what_was_paid_for_stays(serving: Serving, tmp_path: Path) -
     settings = {"url": serving.url, "cache": tmp_path / "cache", "patience": 1.0, "batch_size": 4}
     with open_oracle("mlflow", **settings) as box:
         paid = logits(box, images(8))
-        os.killpg(serving.process.pid, signal.SIGKILL)
-        serving.process.wait(30)
+        serving.kill()
         with pytest.raises(BlackBoxUnavailableError, match="cannot be reached"):
             box.query(images(4, seed=9))
         assert torch.equal(logits(box, images(8)), paid)

@@ -1,0 +1,71 @@
+"""MLflow's own scoring server, serving a network that this project has logged and that was registered."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from torch import Tensor, nn
+
+from tasks.tracking import Run, initialise, tracking_uri
+
+
+class Serving:
+    """`mlflow models serve` of a network on a port of its own; it can die and come back."""
+
+    def __init__(self, network: nn.Module, example: Tensor, folder: Path) -> None:
+        self._folder, self._store = folder, _registered(network, example, folder)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self._port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        command = "models serve -m models:/digits@champion --env-manager local --host 127.0.0.1 --workers 1 --port"
+        with (self._folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", *command.split(), str(self._port)],
+                env={**os.environ, "MLFLOW_TRACKING_URI": self._store},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        end = time.monotonic() + 120
+        while time.monotonic() < end and self.process.poll() is None:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == 200:
+                    return
+            time.sleep(0.1)
+        pytest.fail(f"the server did not start: {(self._folder / 'log').read_text(errors='replace')[-2000:]}")
+
+    def kill(self) -> None:
+        """It and the workers that it has started, at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+
+def _registered(network: nn.Module, example: Tensor, folder: Path) -> str:
+    """The address of a store where the network is the champion of the registered model "digits"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPZERO_HOME", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with Run.start(initialise("serving"), "model") as run:
+            uri = run.model(network, example, "classifier")
+        store = tracking_uri()
+        # The registry looks the logged model up by MLflow's global address.
+        patch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", store)
+        client = MlflowClient(tracking_uri=store, registry_uri=store)
+        client.create_registered_model("digits")
+        client.create_model_version("digits", source=uri, run_id=run.run_id)
+        client.set_registered_model_alias("digits", "champion", "1")
+    return store
