@@ -14,11 +14,12 @@ from deepzero_core.perturb.black_box import BlackBox
 from deepzero_core.perturb.objective import preserved_random_state
 
 
-def hide(classifier: nn.Module, *, batch_size: int | None = None) -> BlackBox:
+def hide(classifier: nn.Module, *, batch_size: int | None = 1024) -> BlackBox:
     """A classifier of which nothing but its answers is seen: no gradient, no weights, no trace of its operators.
 
     classifier: images [N, C, H, W] in [0, 1] → logits [N, K], in evaluation mode, its normalisation inside. It answers
-    in its own type on its own device and is asked at most `batch_size` images at once.
+    in its own type on its own device and is asked at most `batch_size` images at once, None for any number. On a CPU
+    larger questions leave the caches: a cnn of 8×8 images took 29 µs per image by 1,024 and 75 µs by 65,536.
 
     RequestError: the classifier is in training mode, where an answer depends on the other images.
     """
