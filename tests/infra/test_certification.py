@@ -79,7 +79,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_table(
 
 
 def test_workers_one_of_which_dies_make_the_table_of_this_process(store: Path, weights: Path, tmp_path: Path) -> None:
-    wanted = task(store, weights, count=360 // 3, adaptive=False, n=5_000)
+    wanted = task(store, weights, count=48, adaptive=False, n=3_000)
     here, _ = certify_examples(wanted, tmp_path / "here")
     killed: list[int] = []
 

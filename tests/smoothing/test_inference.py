@@ -38,8 +38,19 @@ class Branching(Shared):
         return (F.relu(y) if y.sum() > 0 else y).mean((2, 3))
 
 
+class Pooled(nn.Sequential):
+    """Poolings of all kinds on images of odd sides."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 6, 3, padding=2), nn.MaxPool2d(2, padding=1), nn.MaxPool2d(2, ceil_mode=True),
+            nn.MaxPool2d((2, 2)), nn.Flatten(), nn.LazyLinear(4),
+        )  # fmt: skip
+        self(torch.zeros(1, 3, 17, 17))
+
+
 def network(name: str) -> nn.Module:
-    own = {"shared": Shared, "read twice": ReadTwice, "branching": Branching}
+    own = {"shared": Shared, "read twice": ReadTwice, "branching": Branching, "pooled": Pooled}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = own[name]() if name in own else build_model(name, in_channels=3, num_classes=10, image_size=16)
@@ -52,21 +63,23 @@ def network(name: str) -> nn.Module:
     return Normalised(module, [0.5] * 3, [0.25] * 3).eval()
 
 
-NAMES = ("cnn", "resnet20", "shared", "read twice", "branching")
+SIDES = {"pooled": 17}
+NAMES = ("pooled", "cnn", "resnet20", "shared", "read twice", "branching")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_scores_are_those_of_the_network(name: str) -> None:
     module = network(name)
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    images = torch.rand(300, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    side = SIDES.get(name, 16)
+    images = torch.rand(300, 3, side, side, generator=torch.Generator().manual_seed(1))
     fast = Inference(module, images[0])
     with torch.no_grad():
         expected = module(images)
         torch.testing.assert_close(fast(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
     folded = not any(isinstance(part, nn.BatchNorm2d) for part in fast.modules())
-    assert folded == (name in ("cnn", "resnet20"))
+    assert folded == (name in ("cnn", "resnet20", "pooled"))
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet20"])
