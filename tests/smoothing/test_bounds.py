@@ -20,10 +20,10 @@ from deepzero_core.smoothing.bounds import (
 @pytest.mark.parametrize(("hits", "trials"), [(0, 9), (1, 9), (9, 9), (83, 100), (9_990, 10_000)])
 def test_the_fixed_bound_is_scipys(hits: int, trials: int, alpha: float) -> None:
     exact = binomtest(hits, trials, alternative="greater").proportion_ci(confidence_level=1 - alpha, method="exact").low
-    assert lower_bound(hits, trials, alpha) == exact
-    assert lower_bound(hits, trials, alpha) == pytest.approx(
-        beta.ppf(alpha, hits, trials - hits + 1) if hits else 0.0, rel=1e-9
-    )
+    found = lower_bound(hits, trials, alpha)
+    assert found == pytest.approx(exact, rel=1e-9, abs=1e-12)
+    # By its definition: so many hits or more have probability alpha at the bound.
+    assert binom.sf(hits - 1, trials, found) == pytest.approx(alpha if hits else 1.0, rel=1e-9)
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(3, 5), (0, 4), (50, 50), (180, 200)])
