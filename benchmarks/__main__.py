@@ -1,9 +1,10 @@
 """`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative;
-`memory`: what an estimate needs beside a forward pass.
+`memory`: what an estimate needs beside a forward pass; `certification`: randomised smoothing against a plain loop.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png
 python -m benchmarks memory --case dncnn17
+python -m benchmarks certification --case digits --threads 1
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, memory, plot
+from benchmarks import accuracy, certification, memory, plot
 from benchmarks.cases import CASES
 from benchmarks.machine import machine
 from benchmarks.measure import Options, measure
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: measured what the arguments ask for; 1: the engine disagrees with its baselines; 2: the request was wrong."""
     try:
         options = _parser().parse_args(arguments)
-        {"speed": _speed, "accuracy": _accuracy, "memory": _memory}[options.what](options)
+        _WHAT[options.what](options)
         return 0
     except DeepZeroError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -76,6 +77,20 @@ def _memory(options: argparse.Namespace) -> None:
     memory.show(found)
 
 
+def _certification(options: argparse.Namespace) -> None:
+    cases = _known(options.case or list(certification.CASES), list(certification.CASES), "case")
+    _set_up(options)
+    facts = machine(options.threads, torch.device("cpu"))
+    report = _Report()
+    report(f"load {facts['load']} before the start: whatever else runs on this machine is timed too")
+    found = certification.measure(cases, options.repeats, report)
+    save(options.json, {"machine": facts, "certification": certification.documents(found)})
+    certification.show(found)
+
+
+_WHAT = {"speed": _speed, "accuracy": _accuracy, "memory": _memory, "certification": _certification}
+
+
 class _Report:
     """Lines on the error stream: seconds since the start, and what is being timed."""
 
@@ -90,8 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("speed", "accuracy", "memory"), default="speed")
-    parser.add_argument("--case", action="append", help=f"one of {', '.join([*CASES, WORKERS])}; may be repeated; all")
+    parser.add_argument("what", nargs="?", choices=tuple(_WHAT), default="speed")
+    parser.add_argument(
+        "--case",
+        action="append",
+        help=f"one of {', '.join([*CASES, WORKERS])}, certification: {', '.join(certification.CASES)}; repeatable",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every contender; medians are shown")
     parser.add_argument(
@@ -101,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json",
         type=Path,
-        help="where the numbers go; benchmarks.json, benchmarks-accuracy.json, benchmarks-memory.json",
+        help="where the numbers go; benchmarks.json, benchmarks-accuracy.json, and so on",
     )
     parser.add_argument("--plot", type=Path, help="accuracy only: where the picture goes")
     return parser

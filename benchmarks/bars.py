@@ -41,6 +41,12 @@ SPEED = {
 MEMORY = Bar(1.0, lower=True)
 """GiB beside a plain forward pass, at the default budget."""
 
+CERTIFICATION = Bar(2.0)
+"""How many times longer a plain loop over the examples takes."""
+
+SAVED = Bar(0.5)
+"""Share of the samples that adaptive mode does without, on the demo."""
+
 # precision of the engine → bar; relative error against float64 CGE at μ = 5e-3, against autograd at μ = 1e-6
 AGAINST_CGE = {
     "value": Bar(2e-3, lower=True),

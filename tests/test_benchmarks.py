@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import accuracy, baselines, models, plot, ratios
+from benchmarks import accuracy, baselines, certification, models, plot, ratios
 from benchmarks.__main__ import main
 from benchmarks.bars import Bar
 from benchmarks.baselines import Slopes
@@ -244,6 +244,7 @@ def test_accuracy_is_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFi
         (["--precision", "float16"], "did you mean 'bfloat16'?"),
         (["--repeats", "0"], "at least 1"),
         (["accuracy", "--precision", "nonsense"], "valid are"),
+        (["certification", "--case", "digit"], "did you mean 'digits'?"),
     ],
 )
 def test_a_wrong_request_is_answered_in_a_sentence(
@@ -259,3 +260,28 @@ def test_peak_memory_is_that_of_a_process(tmp_path: Path, capsys: pytest.Capture
     (peaks,) = json.loads(target.read_text())["peaks"]
     assert peaks["case"] == "cnn5" and 0 < peaks["forward"] < peaks["engine"]
     assert "GiB" in capsys.readouterr().out
+
+
+def test_the_published_certification_and_ours_are_timed_and_agree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = certification.CASES["resnet20"]
+    settings = replace(case.settings, n0=20, n=400)
+
+    def halves(examples: int) -> tuple[nn.Module, Tensor]:
+        network = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+        with torch.no_grad():
+            network[1].weight.copy_(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+            network[1].bias.zero_()
+        return network, torch.tensor([[0.4, 0.0], [-0.1, 0.0]])
+
+    monkeypatch.setitem(certification.CASES, "digits", replace(case, build=halves, examples=2, settings=settings))
+    target = tmp_path / "times.json"
+    arguments = ["certification", "--case", "digits", "--threads", "1", "--repeats", "1", "--json", str(target)]
+    assert main(arguments) == 0
+    (kept,) = json.loads(target.read_text())["certification"]
+    assert set(kept["seconds"]) == {"published", "shared", "inference", "adaptive"}
+    assert kept["samples"]["published"] == kept["samples"]["inference"] == 2 * 420
+    assert kept["saved"] == pytest.approx(1 - kept["samples"]["adaptive"] / 840)
+    assert kept["certified"] == {"published": 1, "shared": 1, "inference": 1, "adaptive": 1}
+    assert "of the samples saved, must" in capsys.readouterr().out

@@ -4,7 +4,10 @@ An example is *settled* when for every radius r that was asked for, and for 0 (d
 it is certified at r, that is whether the lower bound on p, the probability of the chosen class, reaches p_r = Φ(r/σ):
 
     yes   the lower end of a confidence sequence has reached p_r, at this or an earlier look; or
-    no    its upper end lies below p_r; or too few samples are left for the bound at n to reach p_r, were they all hits.
+    no    it is futile to go on: were p as large as the upper end U of a confidence sequence at level 1 − β, the copies
+          that are left of n would still bring the bound at n to p_r with probability at most β, P[Bin(n − t, U) ≥
+          needed − h] ≤ β, β = 0.01. Of the examples that all n copies would certify at r it loses at most 2β in mean:
+          β for U < p at any look, β for those that would have made it after all.
 
 Then it stops; a larger radius than the largest asked one that is certified is not looked for, so that the average
 certified radius is smaller than with all samples, and the certified accuracy at the asked radii is what is decided.
@@ -15,21 +18,22 @@ certified radius is smaller than with all samples, and the certified accuracy at
   used, the Clopper–Pearson bound at n at level 1 − α/2, which exceeds p with probability at most α/2.
 Both statements are about the infinite sequence of copies and do not ask where it was left, so that by the union bound L
 exceeds p with probability at most α whatever the rule that stops. (The "no" of a radius only stops: it claims nothing
-and needs no probability of its own.) The class is chosen from copies of its own, on which all this is conditioned.
+and takes nothing from α.) The class is chosen from copies of its own, on which all this is conditioned.
 
 The choice of the class stops when the class in front cannot be caught up with by what is left of the n0 copies: the
 same choice.
 """
 
-import math
 from functools import lru_cache
 
-from scipy.special import ndtr
+from scipy.special import bdtrc
 
-from deepzero_core.smoothing.bounds import evidence_against, lower_bound, radius_of, sequence_lower
+from deepzero_core.smoothing.bounds import lower_bound, radius_of, sequence_lower, sequence_upper
 from deepzero_core.smoothing.courses import Certificate, Course, certificate
 from deepzero_core.smoothing.settings import Certification
 
+FUTILE = 0.01
+"""β."""
 LOOK = 32
 """Fewest copies between two looks; later ones are an eighth of what has been seen apart."""
 
@@ -56,14 +60,18 @@ def adaptive(settings: Certification) -> Course[Certificate]:
 
 def settled(settings: Certification, lower: float, hits: int, trials: int) -> bool:
     """Whether every asked radius is decided by the bound so far and by `hits` in `trials`."""
-    excluded = -math.log(settings.alpha / 2)
-    for radius, p, needed in _asked(settings):
-        yes = lower > 0.5 and radius_of(lower, settings.sigma) >= radius
-        short = hits + settings.n - trials < needed
-        below = trials > 0 and hits < p * trials and evidence_against(p, hits, trials) >= excluded
-        if not (yes or short or below):
-            return False
-    return True
+    left, upper = settings.n - trials, sequence_upper(hits, trials, FUTILE)
+    return all(
+        (lower > 0.5 and radius_of(lower, settings.sigma) >= radius) or _chance(needed - hits, left, upper) <= FUTILE
+        for radius, needed in _asked(settings)
+    )
+
+
+def _chance(wanted: int, trials: int, p: float) -> float:
+    """P[Bin(trials, p) ≥ wanted]."""
+    if wanted <= 0 or wanted > trials:
+        return float(wanted <= 0)
+    return float(bdtrc(wanted - 1, trials, p))
 
 
 def _elected(leading: list[int], left: int) -> bool:
@@ -72,14 +80,9 @@ def _elected(leading: list[int], left: int) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _asked(settings: Certification) -> tuple[tuple[float, float, int], ...]:
-    """(radius, the p that it needs, hits among n that certify it at the end; n + 1 where none do); largest first."""
-    found = []
-    for radius in sorted({0.0, *settings.radii}, reverse=True):
-        p = float(ndtr(radius / settings.sigma))
-        # Beyond what float64 can tell from 1 there is nothing to be reached.
-        found.append((radius, min(p, 1 - 1e-15), _needed(settings, radius)))
-    return tuple(found)
+def _asked(settings: Certification) -> tuple[tuple[float, int], ...]:
+    """(radius, hits among n that certify it at the end; n + 1 where none do)."""
+    return tuple((radius, _needed(settings, radius)) for radius in sorted({0.0, *settings.radii}, reverse=True))
 
 
 def _needed(settings: Certification, radius: float) -> int:

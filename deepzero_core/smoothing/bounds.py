@@ -17,17 +17,18 @@ magnitude of 1 − p: probabilities near 1 are those that large radii need.
 import math
 
 from scipy.optimize import brentq
-from scipy.special import ndtri
-from scipy.stats import binomtest
+from scipy.special import betaincinv, ndtri
 
 _A, _B = 1.0, 0.1
 _LOG_BETA = math.lgamma(_A) + math.lgamma(_B) - math.lgamma(_A + _B)
 
 
 def lower_bound(hits: int, trials: int, alpha: float) -> float:
-    """Clopper–Pearson: below p with probability at least 1 − alpha, at this number of trials."""
-    test = binomtest(hits, trials, alternative="greater")
-    return float(test.proportion_ci(confidence_level=1 - alpha, method="exact").low)
+    """Clopper–Pearson: below p with probability at least 1 − alpha, at this number of trials.
+
+    The p at which so many hits or more have probability alpha: the alpha-quantile of Beta(hits, trials − hits + 1).
+    """
+    return float(betaincinv(hits, trials - hits + 1, alpha)) if hits else 0.0
 
 
 def evidence_against(p: float, hits: int, trials: int) -> float:

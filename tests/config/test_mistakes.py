@@ -84,6 +84,10 @@ CASES = {
         "training.query_budget: 100 queries do not pay for one step of rge, which spends 192",
     ),
     "certificate out of reach": (["certification.n=9"], "9 samples cannot certify anything at alpha=0.001"),
+    "certificate out of reach, adaptive": (
+        ["certification.n=10", "certification.adaptive=true"],
+        "10 samples cannot certify anything at alpha=0.001, even if all agree; at least 11 are needed",
+    ),
     "address without workers": (
         ["cluster.workers=0", "cluster.address=tcp://host:8786"],
         "cluster.workers: 0 evaluates in this process, but cluster.address names a running cluster",

@@ -14,7 +14,8 @@ from scipy.stats import beta, binom, binomtest, norm
 from torch import Tensor, nn
 
 from deepzero_core.errors import RequestError, WorkError
-from deepzero_core.smoothing import ABSTAIN, Certificate, certify, predict
+from deepzero_core.smoothing import ABSTAIN, Certificate, Certification, certify, certify_many, predict
+from deepzero_core.smoothing.noise import BLOCK, NoisyCopies
 
 NORMAL = torch.tensor([[2.0, -1.0], [0.5, 1.0]])  # the shape of x: [2, 2]
 
@@ -99,12 +100,12 @@ def test_p_lower_is_the_one_sided_clopper_pearson_bound(hits: int, n: int, alpha
         generator=generator(),
     )
     expected = binomtest(hits, n, alternative="greater").proportion_ci(confidence_level=1 - alpha, method="exact").low
-    assert certificate.p_lower == expected
+    assert certificate.p_lower == pytest.approx(expected, rel=1e-9)
     assert certificate.p_lower == pytest.approx(beta.ppf(alpha, hits, n - hits + 1), rel=1e-9)
     assert certificate.samples == 5 + n
     if expected > 0.5:
         assert certificate.label == 2
-        assert certificate.radius == pytest.approx(0.5 * norm.ppf(expected), rel=1e-12)
+        assert certificate.radius == pytest.approx(0.5 * norm.ppf(expected), rel=1e-8)
     else:
         assert certificate.label == ABSTAIN == -1
         assert certificate.radius == 0.0
@@ -214,6 +215,35 @@ def test_the_samples_do_not_depend_on_the_batch_size(shape: tuple[int, ...], dty
         assert torch.equal(end, state)
 
 
+@pytest.mark.parametrize("shape", [(3,), (1, 8, 8), (3, 70, 90)], ids=str)
+@pytest.mark.parametrize("sizes", [[1] * 11, [4, 7], [11], [0, 10, 1]], ids=str)
+def test_copies_are_rows_of_draws_of_one_size(shape: tuple[int, ...], sizes: list[int]) -> None:
+    """The plain way: draw whole blocks, lay them end to end, add x."""
+    x, source, same = torch.full(shape, 0.5), generator(7), generator(7)
+    rows = max(1, -(-BLOCK // x.numel()))
+    drawn = [torch.empty(rows, *shape).normal_(0, 0.25, generator=source) for _ in range(-(-11 // rows))]
+    expected = torch.cat(drawn)[:11] + x
+    copies, out = NoisyCopies(x, 0.25, same), torch.empty(11, *shape)
+    for part in out.split(sizes):
+        copies.write(part)
+    assert torch.equal(out, expected)
+    assert torch.equal(source.get_state(), same.get_state())
+
+
+def test_certify_is_the_published_algorithm() -> None:
+    """CERTIFY of Cohen et al. in a few plain lines, on the same copies."""
+    x, sigma, n0, n, alpha = at_distance(0.2), 0.25, 30, 500, 0.01
+    copies, noisy = NoisyCopies(x, sigma, generator(9)), torch.empty(n0 + n, 2, 2)
+    copies.write(noisy)
+    answers = [int(halves(copy.unsqueeze(0)).argmax()) for copy in noisy]
+    chosen = max((0, 1), key=answers[:n0].count)
+    hits = answers[n0:].count(chosen)
+    p_lower = beta.ppf(alpha, hits, n - hits + 1)
+    certificate = certify(halves, x, sigma=sigma, n0=n0, n=n, alpha=alpha, batch_size=64, generator=generator(9))
+    assert (certificate.label, certificate.samples, certificate.saved) == (chosen, n0 + n, 0)
+    assert certificate.radius == pytest.approx(sigma * norm.ppf(p_lower), rel=1e-9)
+
+
 def test_the_noise_is_standard_normal_times_sigma_and_the_global_state_is_untouched() -> None:
     seen: list[Tensor] = []
 
@@ -249,6 +279,11 @@ def test_the_noise_is_standard_normal_times_sigma_and_the_global_state_is_untouc
         ({"classifier": lambda images: images.flatten(1)[:, :1]}, r"shape \[10, K ≥ 2\], but answered with \[10, 1\]"),
         ({"classifier": lambda images: images.flatten(1).sum(1)}, r"answered with \[10\]"),
         ({"classifier": lambda images: torch.zeros(1, 2)}, r"answered with \[1, 2\]"),
+        ({"classifier": lambda images: [0.5, 0.5]}, "answer with a tensor of scores, not list"),
+        ({"classifier": lambda images: torch.zeros(len(images), 2, dtype=torch.complex64)}, "can be ordered"),
+        ({"classifier": nn.Linear(5, 2)}, r"cannot take images of shape \[10, 2, 2\]: RuntimeError: mat1"),
+        ({"x": torch.zeros(0, 2)}, r"x must have values, but has the shape \[0, 2\]"),
+        ({"x": torch.tensor([[math.nan, 0.0]])}, "x holds values that are not finite"),
     ],
     ids=str,
 )
@@ -280,3 +315,34 @@ def test_scores_that_are_not_numbers_are_a_failure_and_not_a_class() -> None:
             batch_size=5,
             generator=generator(),
         )
+
+
+def test_a_classifier_that_fails_later_is_no_mistake_of_the_request() -> None:
+    def tired(images: Tensor) -> Tensor:
+        if len(images) == 3:
+            raise RuntimeError("the connection was lost")
+        return halves(images)
+
+    with pytest.raises(RuntimeError, match="connection was lost"):
+        certify(tired, at_distance(0.3), sigma=0.25, n0=10, n=13, alpha=0.1, batch_size=10, generator=generator())
+
+
+@pytest.mark.parametrize("radius", [-1.0, math.nan, math.inf])
+def test_an_impossible_radius_is_refused(radius: float) -> None:
+    with pytest.raises(RequestError, match="radius must be finite and at least 0"):
+        Certification(0.25, 10, 100, 0.01, 10, adaptive=True, radii=(radius,))
+
+
+@pytest.mark.parametrize(
+    ("images", "generators", "message"),
+    [
+        ([torch.zeros(2, 2), torch.zeros(2, 3)], 2, r"image 1 is \[2, 3\] of torch.float32 on cpu and the first"),
+        ([torch.zeros(2, 2), torch.zeros(2, 2).double()], 2, "image 1 is .* of torch.float64"),
+        ([torch.zeros(2, 2), torch.zeros(2, 2)], 1, "there is none for image 1"),
+    ],
+    ids=["shape", "type", "generator"],
+)
+def test_many_images_have_to_be_alike_and_have_generators(images: list[Tensor], generators: int, message: str) -> None:
+    settings = Certification(0.25, 10, 20, 0.1, 64)
+    with pytest.raises(RequestError, match=message):
+        list(certify_many(halves, images, settings, generators=[generator(i) for i in range(generators)]))

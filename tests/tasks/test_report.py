@@ -205,6 +205,14 @@ def test_result_for_machines(material: Material, tmp_path: Path) -> None:
     assert set(found["pictures"].values()) == {path.name for path in reported.folder.glob("*.png")}
 
 
+def test_what_adaptive_mode_saved_is_told(material: Material, tmp_path: Path) -> None:
+    plain = material.write(tmp_path / "plain").markdown.read_text()
+    assert "50 samples per example, each certificate right" in plain
+    certified = material.certified.model_copy(update={"saved": 300})
+    text = material.write(tmp_path / "saved", certified=certified).markdown.read_text()
+    assert "50 samples per example on average, 75% of them saved by stopping" in text
+
+
 def test_a_plain_run_without_pruning_and_certificates(material: Material, tmp_path: Path) -> None:
     reported = material.write(
         tmp_path / "report", results=material.results[:1], pruned=None, certified=None, mlflow_url=None, notes=()
