@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from configs import optimizers
 from configs.checks import Problem, certification, cluster, data_set, network
@@ -32,6 +33,8 @@ def _victim(defence: "Defence") -> Iterator[Problem]:
         if key not in (needed, *optional):
             where = f"it is victim.{_HERE[key]}" if key in _HERE else suggest(key, (needed, *optional))
             yield f"victim.settings.{key}", f"a classifier of kind {victim.kind!r} has no such setting; {where}"
+    if "@" in urlsplit(str(victim.settings.get("url", ""))).netloc:
+        yield "victim.settings.url", "a password does not belong into an address: name token_env or token_file"
     if needed not in victim.settings:
         yield f"victim.settings.{needed}", f"a classifier of kind {victim.kind!r} needs it"
 

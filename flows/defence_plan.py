@@ -16,8 +16,7 @@ def defence_plan(flow_name: str, experiment: Defence, base: Path, *, predict: bo
     """
     from deepzero_core.data import prepare
     from deepzero_core.models import build_denoiser, build_model
-    from tasks.pretrain import network_of
-    from tasks.problem import model_of
+    from tasks.problem import model_of, network_of
     from tasks.records import Prepared
 
     data, victim, training = experiment.data, experiment.victim, experiment.training

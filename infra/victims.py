@@ -17,6 +17,9 @@ from deepzero_core.errors import RequestError
 from deepzero_core.models import Normalised, build_model
 from deepzero_core.oracle import Metered, ModuleOracle, StoredAccount, open_oracle
 
+_AT_ONCE = 1024
+"""Images of one question to a network of this project: larger ones leave the caches."""
+
 
 def open_victim(description: Mapping[str, Any]) -> Metered:
     """The classifier as a black box: images [N, C, H, W] in [0, 1] → [N, K].
@@ -25,8 +28,8 @@ def open_victim(description: Mapping[str, Any]) -> Metered:
         RequestError: it cannot be opened as it is described.
     """
     if description["kind"] == "trained":
-        network = trained_network(description)
-        return Metered(ModuleOracle(network, name="classifier"), account=_account(description))
+        oracle = ModuleOracle(trained_network(description), batch_size=_AT_ONCE, name="classifier")
+        return Metered(oracle, account=_account(description))
     return open_oracle(
         description["kind"],
         cache=description["cache"],

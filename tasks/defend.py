@@ -29,8 +29,8 @@ from deepzero_core.training.sources import step_generator
 from infra.classifiers import purifying
 from infra.victims import open_victim, white_box
 from tasks.loop import Loop
-from tasks.pretrain import image_batches, network_of
-from tasks.problem import limited
+from tasks.pretrain import image_batches
+from tasks.problem import limited, network_of
 from tasks.records import Defended, Prepared, Pretrained, Shares, Victim
 from tasks.stage import Stage, Tracking, perform, stage_task
 from tasks.train import digest

@@ -1,7 +1,5 @@
 """Stage: a denoiser learns to take noise away, or an autoencoder to give an image back. No query is spent."""
 
-from typing import Any, Literal
-
 import torch
 from prefect.states import State
 
@@ -12,12 +10,11 @@ from deepzero_core.smoothing.methods import Pretraining
 from deepzero_core.training import Schedule, Trainer, TrainingSettings
 from tasks.history import read
 from tasks.loop import Loop
-from tasks.problem import limited
+from tasks.problem import Network, limited, network_of
 from tasks.records import Prepared, Pretrained
 from tasks.stage import Stage, Tracking, perform, stage_task
 from tasks.train import digest
 
-Network = Literal["denoiser", "autoencoder"]
 _LAST_STEPS = 20
 
 
@@ -77,16 +74,6 @@ def _pretrain(stage: Stage, defence: Defence, prepared: Prepared, network: Netwo
         loss=loss,
         seconds=loop.clock.seconds,
     )
-
-
-def network_of(defence: Defence, prepared: Prepared, network: Network, seed: int) -> dict[str, Any]:
-    """Keyword arguments of `build_denoiser` for the experiment's denoiser, or for the autoencoder behind it."""
-    channels, height, width = prepared.image_shape
-    common = {"channels": channels, "image_size": (height, width), "latent": defence.denoiser.latent, "seed": seed}
-    if network == "autoencoder":
-        return {"name": "autoencoder", **common}
-    own = defence.denoiser
-    return {"name": own.name, "depth": own.depth, "width": own.width, "arguments": own.arguments, **common}
 
 
 def image_batches(split: Split, defence: Defence, seed: int) -> BatchSource:

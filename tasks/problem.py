@@ -1,13 +1,15 @@
 """From configuration to the core's objects: the one place where the two vocabularies meet."""
 
-from typing import Any
+from typing import Any, Literal
 
+from configs.defence import Defence
 from configs.schema import Experiment, ModelConfig
 from deepzero_core.data import BatchSource, ImageStore, Split
 from infra.forward import Problem
 from tasks.records import Prepared
 
 MIB = 1 << 20
+Network = Literal["denoiser", "autoencoder"]
 
 
 def problem_of(experiment: Experiment, prepared: Prepared) -> Problem:
@@ -42,6 +44,16 @@ def model_of(model: ModelConfig, prepared: Prepared, seed: int) -> dict[str, Any
         "arguments": model.arguments,
         "seed": seed,
     }
+
+
+def network_of(defence: Defence, prepared: Prepared, network: Network, seed: int) -> dict[str, Any]:
+    """Keyword arguments of `build_denoiser` for the experiment's denoiser, or for the autoencoder behind it."""
+    channels, height, width = prepared.image_shape
+    common = {"channels": channels, "image_size": (height, width), "latent": defence.denoiser.latent, "seed": seed}
+    if network == "autoencoder":
+        return {"name": "autoencoder", **common}
+    own = defence.denoiser
+    return {"name": own.name, "depth": own.depth, "width": own.width, "arguments": own.arguments, **common}
 
 
 def limited(split: Split, limit: int | None) -> Split:
