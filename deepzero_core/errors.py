@@ -20,6 +20,10 @@ class WorkError(DeepZeroError):
     """The request was right and the work failed. Exit code 1."""
 
 
+class BlackBoxError(WorkError):
+    """A black box cannot be asked any further. What runs stops where it stands, and can go on from there later."""
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """The end of an error sentence: the nearest valid name, or all of them when none is near."""
     names = sorted(valid)

@@ -24,6 +24,7 @@ from tasks.problem import problem_of
 from tasks.progress import Progress
 from tasks.records import Certified, Defended, Prepared, Trained, Victim
 from tasks.stage import Stage, Tracking, perform, stage_task
+from tasks.victim import victim_of
 
 
 @stage_task("certify")
@@ -171,7 +172,7 @@ def certify_defended(
     classifier = Recipe(
         "infra.classifiers:defended",
         {
-            "victim": victim.description,
+            "victim": victim_of(defence, victim),
             "purifier": defended.purifier,
             "weights": None if defended.weights is None else str(defended.weights),
         },

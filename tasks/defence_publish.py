@@ -24,6 +24,7 @@ from tasks.records import DefenceResult, Prepared, Reported, Victim
 from tasks.stage import Tracking
 from tasks.tracking import Run, run_url
 from tasks.tracking_defended import log_defended
+from tasks.victim import victim_of
 
 _SHOWN = 8
 
@@ -81,7 +82,7 @@ def _rows(defence: Defence, prepared: Prepared, victim: Victim, results: list[De
                 shown.append((DEFENCE_NAMES[method], network(noisy)))
     names = prepared.class_names
     rows = []
-    with open_victim(victim.description) as box:
+    with open_victim(victim_of(defence, victim)) as box:
         for name, pictures in shown:
             answers: Sequence[int] = logits(box, pictures).argmax(1).tolist()
             right = [answer == label for answer, label in zip(answers, truth, strict=True)]

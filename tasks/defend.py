@@ -34,6 +34,7 @@ from tasks.problem import limited, network_of
 from tasks.records import Defended, Prepared, Pretrained, Shares, Victim
 from tasks.stage import Stage, Tracking, perform, stage_task
 from tasks.train import digest
+from tasks.victim import victim_of
 
 _SCORES = 4
 
@@ -75,7 +76,7 @@ def _share_out(
     scores, queries = {}, 0
     if pruning.method == "zo-grasp":
         split = limited(_labelled(defence, prepared, victim), pruning.examples)
-        with open_victim(victim.description) as box:
+        with open_victim(victim_of(defence, victim)) as box:
             scores = denoiser_scores(
                 module.train(),
                 as_layer(box),
@@ -176,7 +177,7 @@ def _defend(
         assert pretrained is not None
         part.load_state_dict(torch.load(pretrained.weights, weights_only=True))
     batches = image_batches(_labelled(defence, prepared, victim), defence, seed)
-    with open_victim(victim.description) as box:
+    with open_victim(victim_of(defence, victim)) as box:
         source = _source(defence, prepared, victim, method, seed, network, box)
         trainer = Trainer(_trained_part(network), batches, source, _settings(defence, method, seed, shares))
         loop = Loop(stage, trainer, defence.training.checkpoint_every)
@@ -256,7 +257,7 @@ def _source(
     training, sigma = defence.training, defence.certification.sigma
     common: dict[str, Any] = {"sigma": sigma, "seed": seed, "reconstruction": training.reconstruction}
     if method == "fo-ds":
-        return FirstOrderDS(white_box(victim.description), **common)
+        return FirstOrderDS(white_box(victim_of(defence, victim)), **common)
     layer, step = as_layer(box), {} if training.mu is None else {"mu": training.mu}
     if method == "zo-ds":
         estimator = Estimator("rge", training.queries, **step)

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deepzero_core.oracle import BlackBoxUnavailableError, QueryBudgetError
 from prefect.logging import get_run_logger
 
-from deepzero_core.errors import RequestError, WorkError
+from deepzero_core.errors import BlackBoxError, RequestError, WorkError
 from deepzero_core.training import NonFiniteError, StepRecord, Trainer
 from deepzero_core.training.checkpoint import load_newest, save_step
 from tasks.history import History
@@ -76,7 +75,7 @@ class Loop:
                         self._save(history)
                         saved_at = time.monotonic()
                     progress.advance(f"loss {record.loss:.3f}{note}")
-            except (BlackBoxUnavailableError, QueryBudgetError) as error:
+            except BlackBoxError as error:
                 self._save(history)
                 raise WorkError(
                     f"{error}; {stage.title} stands at step {trainer.step} of {total}, and the same command goes on "

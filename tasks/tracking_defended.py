@@ -1,6 +1,7 @@
 """A defended classifier written in MLflow's pyfunc format, to be loaded, served and asked for certified answers."""
 
 import json
+import logging
 import shutil
 import tempfile
 import warnings
@@ -20,6 +21,7 @@ from tasks.certify import settings_of
 from tasks.environment import version
 from tasks.records import Defended, Prepared, Victim
 from tasks.tracking import Run
+from tasks.victim import victim_of
 
 _NEEDS = ("mlflow", "torch", "numpy", "pandas", "scipy")
 _NEEDS_OF = {"onnx": ("onnxruntime",), "http": ("httpx", "tenacity"), "mlflow": ("httpx", "tenacity")}
@@ -53,6 +55,8 @@ def _save(
         # MLflow's own type hints, seen when this part of it is imported for the first time.
         warnings.filterwarnings("ignore", message=".*[Aa]ny type hint is inferred as AnyType", category=UserWarning)
         import mlflow.pyfunc
+    # It says of every example that it validates it.
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
@@ -106,7 +110,7 @@ def _save(
 
 def _write(folder: Path, defence: Defence, prepared: Prepared, victim: Victim, defended: Defended) -> None:
     """The folder that `infra.served` reads."""
-    described: dict[str, Any] = dict(victim.description) | {"account": None}
+    described: dict[str, Any] = dict(victim_of(defence, victim)) | {"account": None}
     if victim.kind == "trained":
         shutil.copyfile(described["weights"], folder / "victim.pt")
         described["weights"] = "victim.pt"

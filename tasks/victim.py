@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def _examine(stage: Stage, defence: Defence, prepared: Prepared) -> Victim:
     torch.set_num_threads(defence.training.threads)
     started = time.perf_counter()
     trained = _trained(stage, defence, prepared) if defence.victim.kind == "trained" else {}
-    described = description(stage, defence) | trained
+    described = description(stage.folder, defence) | trained
     store = ImageStore.open(prepared.store)
     train, test = (limited(store.split(name), limit) for name, limit in _limits(defence).items())
     with open_victim(described) as box:
@@ -73,10 +74,15 @@ def _examine(stage: Stage, defence: Defence, prepared: Prepared) -> Victim:
     )
 
 
-def description(stage: Stage, defence: Defence) -> dict[str, Any]:
-    """The classifier as `infra.victims` opens it; its account and its cache lie in the stage's folder."""
+def victim_of(defence: Defence, victim: Victim) -> dict[str, Any]:
+    """The classifier as `infra.victims` opens it, with what may be asked of it at present: that may have changed."""
+    return victim.description if victim.kind == "trained" else description(victim.folder, defence)
+
+
+def description(folder: Path, defence: Defence) -> dict[str, Any]:
+    """A classifier whose account and cache lie in the stage's folder."""
     victim = defence.victim
-    account = [str(stage.folder / "account.sqlite"), "images"]
+    account = [str(folder / "account.sqlite"), "images"]
     if victim.kind == "trained":
         return {"kind": "trained", "account": account}
     settings: dict[str, Any] = dict(victim.settings) | {"answers": victim.answers}
@@ -87,7 +93,7 @@ def description(stage: Stage, defence: Defence) -> dict[str, Any]:
         ("price_per_thousand", victim.price_per_thousand),
     ):
         settings |= {} if value is None else {key: value}
-    cache = str(stage.folder / "answers.sqlite") if victim.cache else None
+    cache = str(folder / "answers.sqlite") if victim.cache else None
     return {"kind": victim.kind, "settings": settings, "cache": cache, "account": account}
 
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from deepzero_core.errors import RequestError, WorkError, suggest
+from deepzero_core.errors import BlackBoxError, RequestError, suggest
 
 Answers = Literal["logits", "probabilities"]
 ANSWERS: tuple[Answers, ...] = ("logits", "probabilities")
 
 
-class BlackBoxUnavailableError(WorkError):
+class BlackBoxUnavailableError(BlackBoxError):
     """The box did not answer for longer than anybody wanted to wait. What it answered before is in the cache."""
 
 
-class QueryBudgetError(WorkError):
+class QueryBudgetError(BlackBoxError):
     """The question costs more than what is left of the query budget. Nothing was sent."""
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from deepzero_core.errors import BlackBoxError
 from deepzero_core.perturb.cost import Cost, total
 from deepzero_core.perturb.objective import LossFn, RandomState, preserved_random_state, state_of
 from deepzero_core.perturb.trace import UntraceableError, trace
@@ -133,6 +134,8 @@ def _verify(
             seen = traced.base(moved, buffers, inputs, targets).loss
             state.restore()
             true = module.base(moved, buffers, inputs, targets).loss
+        except BlackBoxError:
+            raise
         except Exception as error:
             # The user's code again: a Cholesky factor may exist at θ and not here. See `trace`.
             raise UntraceableError(f"nothing to compare its graph with near its parameters: {error}") from error
