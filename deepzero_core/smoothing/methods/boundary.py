@@ -5,6 +5,17 @@
 
 z: [B, …]; gradients: [B, …]. Losses are taken in float64 from the answers. A query is one evaluation of the loss on
 the whole batch, that is B examples asked of the black box. P queries are one question of P·B examples.
+
+A small μ drowns in the rounding of float32 answers, a large one meets the kinks of a rectifier network. Relative error
+of the denoiser's gradient, digits, DnCNN of depth 5 and width 16 and an autoencoder of latent 24 (root mean square
+1.1), against backpropagation:
+
+    μ                                  1e-5    1e-4    3e-4    1e-3    3e-3    1e-2
+    ZO-DS, CGE, all 64 pixels         5.2e-2  8.9e-3  1.3e-2  2.9e-2  6.5e-2  2.0e-1
+    ZO-DS, RGE, 1,152 queries         2.2e-1  2.2e-1  2.2e-1  2.2e-1  2.3e-1  2.6e-1
+    ZO-AE-DS, CGE, the whole latent   1.2e-1  1.2e-2  4.4e-3  4.8e-3  8.7e-3  1.9e-2
+    DeepZero-split, all cosines       4.6e-2  5.1e-3  5.4e-3  1.5e-2  3.0e-2  6.2e-2
+    DeepZero, 60 weights per layer    2.0e-2  7.7e-3  2.0e-2  4.1e-2  8.8e-2  1.9e-1    (μ of the weights)
 """
 
 from collections.abc import Callable
@@ -38,7 +49,7 @@ class Estimator:
 
     name: str = "rge"
     queries: int = QUERIES
-    mu: float = 1e-3
+    mu: float = 3e-4
     difference: str = "forward"
 
     def __post_init__(self) -> None:

@@ -49,7 +49,8 @@ class DeepZeroDS:
 
     classifier: the black box, images [N, C, H, W] in [0, 1] → logits [N, K].
     sigma: standard deviation of the noise, in units of the images. reconstruction: weight w of ‖D(x + δ) − x‖².
-    mu: of the parameters. The answers are float32 and cancel, so that it cannot be as small as in an engine of its own.
+    mu: of the parameters. The answers are float32 and cancel, so that it cannot be as small as where the engine carries
+    differences to the loss; for the measurement see `boundary`.
     Batches hold clean images and the labels that the classifier gives them; the module is the denoiser, and
     `budget_ratios` gives the ratios that make a step cost a budget exactly. A query is one evaluation of the loss on
     the whole batch: a step asks the classifier `cost` × B examples.
@@ -58,7 +59,7 @@ class DeepZeroDS:
     classifier: BlackBox
     sigma: float
     seed: int
-    mu: float = 1e-3
+    mu: float = 1e-4
     difference: str = "forward"
     reconstruction: float = 0.0
     memory: int = DEFAULT_MEMORY

@@ -9,6 +9,15 @@ Like ZO-DS it works at z = D(x + δ), and it spends the same queries better in t
    ‖softmax f(z_i) − y_i‖ times the classifier's own slope, and the first factor is known after the base query. The
    queries' examples are shared out in proportion to its square, at most as many to each as it has pixels.
 
+Relative error of the denoiser's gradient (cosine with the exact one), differences without rounding, a trained cnn:
+
+    8×8 digits, queries                        5            9           17           33
+    cosines, the same for all examples   .84 (.510)   .76 (.641)   .69 (.715)   .50 (.865)
+    shared out by ‖softmax − y‖          .53 (.847)   .22 (.973)   .05 (.998)   .01 (1.00)
+    shared out by its square             .42 (.903)   .16 (.985)   .04 (.999)   .01 (1.00)
+    random directions, orthonormal             –            –     1.67 (.536)   .92 (.669)
+    random directions, normal (ZO-DS)          –            –     2.12 (.314)  1.46 (.407)
+
 With 2·C·H·W + 1 queries or more, every coefficient is a central difference, and the estimate is the exact gradient up
 to O(μ²).
 """
@@ -40,8 +49,7 @@ class DeepZeroSplit:
     classifier: the black box, images [N, C, H, W] in [0, 1] → logits [N, K].
     image_shape: (C, H, W). sigma: standard deviation of the noise, in units of the images.
     queries: the most of a step, the base one included; more than 2·C·H·W + 1 are of no use and are not spent.
-    mu: length of the step in units of the images, ‖·‖₂. What a larger one costs are kinks of the classifier, a smaller
-    one the rounding of its float32 answers.
+    mu: length of the step in units of the images, ‖·‖₂; for answers in float32 (see `boundary`).
     reconstruction: weight w of ‖z − x‖², whose gradient 2w(z − x) needs no query.
     Batches hold clean images and the labels that the classifier gives them; the module is the denoiser. A query stands
     for B examples asked of the classifier, whichever of the batch they are: a step asks `cost` × B of them.
@@ -54,7 +62,7 @@ class DeepZeroSplit:
     sigma: float
     seed: int
     queries: int = QUERIES
-    mu: float = 1e-3
+    mu: float = 3e-4
     reconstruction: float = 0.0
 
     def __post_init__(self) -> None:

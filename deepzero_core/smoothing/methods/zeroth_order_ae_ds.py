@@ -35,7 +35,8 @@ class ZerothOrderAEDS:
     classifier: the black box, images [N, C, H, W] in [0, 1] → logits [N, K].
     decoder: [N, latent] → [N, C, H, W], in evaluation mode; never trained and never differentiated.
     latent: numbers per image. sigma: standard deviation of the noise, in units of the images.
-    estimator: with μ in units of the latent, 1e-3 unless said otherwise: right for latents of the size of one.
+    estimator: with μ in units of the latent, 3e-4 unless said otherwise: for latents of the size of one and answers in
+    float32 (see `boundary`).
     reconstruction: weight w of ‖dec(z) − x‖², part of the black box's loss.
     Batches hold clean images and the labels that the classifier gives them; the module is `denoiser_and_encoder`. A
     query is one evaluation of the loss on the whole batch: a step asks the classifier `cost` × B examples.

@@ -20,8 +20,7 @@ class ZerothOrderDS:
 
     classifier: the black box, images [N, C, H, W] in [0, 1] → logits [N, K].
     image_shape: (C, H, W). sigma: standard deviation of the noise, in units of the images.
-    estimator: with μ in units of the images; 1e-3 unless said otherwise, where the rounding of float32 answers and
-    the kinks of a rectifier network cost about as much as each other.
+    estimator: with μ in units of the images, 3e-4 unless said otherwise, for answers in float32 (see `boundary`).
     reconstruction: weight w of ‖z − x‖², whose gradient 2w(z − x) needs no query.
     Batches hold clean images and the labels that the classifier gives them; the module is the denoiser. A query is one
     evaluation of the loss on the whole batch: a step asks the classifier `cost` × B examples.
