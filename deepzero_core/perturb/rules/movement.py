@@ -18,7 +18,7 @@ from deepzero_core.perturb.rules.registry import Call, Result, over_perturbation
 aten = torch.ops.aten
 
 _PERMUTATIONS = (aten.t.default, aten.transpose.int, aten.permute.default)
-_RESHAPES = (aten.view.default, aten._unsafe_view.default)
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _COPIES = (aten.clone.default, aten.detach.default)
 _SELECTIONS = (
     aten.slice.Tensor,
