@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepzero_core.perturb.attention import attend
 from deepzero_core.perturb.changes import Change, OneHot
 from deepzero_core.perturb.machine import Machine
 from deepzero_core.perturb.rules.registry import Call
@@ -86,12 +87,18 @@ def _kernel(call: Call) -> int:
     return prod(weight.shape[1:])
 
 
+def _attention(inner: int, keys: int, features: int) -> int:
+    """Two products for a·b and two for p·v, in elements of the result."""
+    return 2 * keys * (inner + features) // features
+
+
 # By operator: the axis of its operand that is summed over, and how many products make one element of the result.
 _CONTRACTED: dict[Any, Any] = {
     aten.convolution.default: (1, _kernel),
     aten.mm.default: (1, lambda call: call.args[0].shape[1]),
     aten.addmm.default: (1, lambda call: call.args[1].shape[1]),
     aten.bmm.default: (2, lambda call: call.args[0].shape[2]),
+    attend: (None, lambda call: _attention(*call.args[1].shape[2:], call.args[2].shape[3])),
 }
 
 

@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
+from deepzero_core.perturb.attention import attend
+
 aten = torch.ops.aten
 
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
@@ -228,3 +230,9 @@ def _rows(node: Node, part: Part) -> Needs | None:
     _, outer, inner = found
     factor = _shape(cast(Node, node.args[first]))
     return {first: Part(prod(shape[:-2]) * outer, part.length, inner * factor[-1], part.start, part.stop)}
+
+
+@_makes_parts(attend)
+def _queries(node: Node, part: Part) -> Needs | None:
+    factor = _shape(cast(Node, node.args[0]))
+    return {0: Part.along(2, factor, part.start, part.stop)} if part.axis(_shape(node)) == 2 else None

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from deepzero_core.perturb.attention import fuse_attention
 from deepzero_core.perturb.narrowing import narrow
 from deepzero_core.perturb.objective import LossFn, objective, preserved_random_state
 
@@ -87,6 +88,7 @@ def trace(
             # Fake tensors have no values: code that leaves torch (`.numpy()`, `.item()`) fails instead of being frozen.
             composite = make_fx(evaluate, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
             graph = make_fx(functionalize(_lifted(composite)))(*arguments)
+            fuse_attention(graph)
             narrow(graph)
         except Exception as error:
             # Tracing runs the user's code on stand-ins and can fail in any way that code can. Nothing is lost: the

@@ -1,6 +1,7 @@
 // What Python calls: see program.py.
 #include <omp.h>
 
+#include "attention.h"
 #include "program.h"
 
 extern "C" {
@@ -25,4 +26,7 @@ void deepzero_run(const Program* program, const Moved* moved, const float* steps
   Run run{*program, moved, steps, group, local, shared, external, {}, {}};
   execute(run, count, threads);
 }
+
+// 0 where some score moves by more than 1: the series does not hold.
+int deepzero_attend(const Attention* call, int threads) { return attend(*call, threads); }
 }

@@ -2,6 +2,7 @@
 
 from deepzero_core.perturb.rules import (
     activation,
+    attention,
     conv,
     elementwise,
     embedding,
@@ -26,6 +27,7 @@ __all__ = [
     "Result",
     "Rule",
     "activation",
+    "attention",
     "conv",
     "elementwise",
     "embedding",
