@@ -15,20 +15,26 @@ struct Operand {  // of one factor: base [batch, heads, rows, columns] and chang
 struct Attention {
   Index count, batch, heads, rows, inner, keys, features;
   Operand a, b, v;      // [rows, inner], [inner, keys], [keys, features]
-  const float* shares;  // p [batch, heads, rows, keys]
+  const float* shares;  // p [batch, heads, rows, keys], rows filled up with zeros to whole vectors
   float* out;           // [count, batch, rows, heads, features]
   double scale;         // of a b
 };
 
 static inline Index padded(Index length) { return (length + LANES - 1) / LANES * LANES; }
 
-struct Matrix {  // rows filled up with zeros to whole vectors
+struct View {  // a matrix whose rows are filled up with zeros to whole vectors
+  const float* values;
   Index rows, columns, width;
-  std::vector<float> values;
+  const float* row(Index r) const { return values + r * width; }
+};
 
-  Matrix(Index r, Index c) : rows(r), columns(c), width(padded(c)), values(r * width) {}
-  float* row(Index r) { return values.data() + r * width; }
-  const float* row(Index r) const { return values.data() + r * width; }
+struct Matrix {
+  Index rows, columns, width;
+  std::vector<Vector> values;  // of vectors, so that none lies across two cache lines
+
+  Matrix(Index r, Index c) : rows(r), columns(c), width(padded(c)), values(r * width / LANES) {}
+  float* row(Index r) { return reinterpret_cast<float*>(values.data()) + r * width; }
+  View view() const { return {reinterpret_cast<const float*>(values.data()), rows, columns, width}; }
   void copy(const float* from, Index row_stride, Index column_stride, float factor) {
     for (Index r = 0; r < rows; r++)
       for (Index c = 0; c < columns; c++) row(r)[c] = factor * from[r * row_stride + c * column_stride];
@@ -38,111 +44,140 @@ struct Matrix {  // rows filled up with zeros to whole vectors
   }
 };
 
-// out [rows, width] = x y + x' y', from row `first` of x on; null: there is no such product.
+struct Product {
+  View left, right;
+};
+
+// out [rows, width], from row `first` and column `at` on: the sum of the products.
 template <int R, int N>
-static inline void two_products(const Matrix* x, const Matrix* y, const Matrix* x2, const Matrix* y2, Index first,
-                                Index at, Matrix& out) {
+static inline void sum_tile(const Product* products, int count, Index first, Index at, Matrix& out) {
   Vector sum[R][N] = {};
-  const auto add = [&](const Matrix& left, const Matrix& right) {
-    const float* factors = left.row(first);
-    for (Index k = 0; k < left.columns; k++) {
-      const float* from = right.row(k) + at;
+  for (const Product* p = products; p < products + count; p++) {
+    const float* factors = p->left.row(first);
+    for (Index k = 0; k < p->left.columns; k++) {
+      const float* from = p->right.row(k) + at;
       Vector values[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) values[n] = load(from + n * LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; n++) sum[r][n] += factors[r * left.width + k] * values[n];
+        for (int n = 0; n < N; n++) sum[r][n] += factors[r * p->left.width + k] * values[n];
     }
-  };
-  if (x) add(*x, *y);
-  if (x2) add(*x2, *y2);
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) store(out.row(first + r) + at + n * LANES, sum[r][n]);
 }
 
-static void sum_of_products(const Matrix* x, const Matrix* y, const Matrix* x2, const Matrix* y2, Matrix& out) {
+static void sum_of(const Product* products, int count, Matrix& out) {
   over_blocks<VECTORS>(out.width / LANES, [&](Index vectors, Index v) {
     over_blocks<ROWS>(out.rows, [&](Index rows, Index r) {
       with_constant<1, ROWS>(rows, [&](auto R) {
-        with_constant<1, VECTORS>(vectors, [&](auto N) { two_products<R, N>(x, y, x2, y2, r, v * LANES, out); });
+        with_constant<1, VECTORS>(vectors, [&](auto N) { sum_tile<R, N>(products, count, r, v * LANES, out); });
       });
     });
   });
 }
 
-// expm1(x) to 3e-8 of itself for |x| <= 1: its series.
+// expm1(x) to 3e-8 of itself for |x| <= 1, its series; two halves, so that additions need not wait for each other.
 static inline Vector small_expm1(Vector x) {
-  Vector sum = all(1 / 11.0f);
-#pragma GCC unroll 16
-  for (int k = 10; k > 1; k--) sum = (1 + sum * x) * (1.0f / k);
-  return (1 + sum * x) * x;
+  const Vector square = x * x;
+  const Vector even = 1 + square * (1 / 6.f + square * (1 / 120.f + square * (1 / 5040.f + square * (1 / 362880.f))));
+  const Vector odd =
+      1 / 2.f + square * (1 / 24.f + square * (1 / 720.f + square * (1 / 40320.f + square * (1 / 3628800.f))));
+  return x * (even + x * odd);
 }
 
-// dp and p + dp of one row from D, in place of it. False where some |D| > 1 or is NaN.
-static bool normalise_row(const float* p, float* change, float* moved, Index width) {
-  Vector sum = {}, most = {};
-  for (Index at = 0; at < width; at += LANES) {
-    const Vector d = load(change + at), size = d < 0 ? -d : d;
-    most = larger(most, size);
-    const Vector e = load(p + at) * small_expm1(d);
-    sum += e;
-    store(change + at, e);
-  }
-  float total = 0;
+static inline float total(Vector sum) {
+  for (int half = LANES / 2; half; half /= 2)
+    for (int lane = 0; lane < half; lane++) sum[lane] += sum[lane + half];
+  return sum[0];
+}
+
+// dp and p + dp of N rows from D, in place of it; `most` keeps the largest |D|.
+template <int N>
+static void normalise_rows(const float* p, float* change, float* moved, Index width, Vector& most) {
+  Vector sum[N] = {};
+  for (Index at = 0; at < width; at += LANES)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      const Vector d = load(change + n * width + at), e = load(p + n * width + at) * small_expm1(d);
+      most = larger(most, d < 0 ? -d : d);
+      sum[n] += e;
+      store(change + n * width + at, e);
+    }
+  float sums[N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; n++) sums[n] = total(sum[n]);
+  for (Index at = 0; at < width; at += LANES)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      const Vector share = load(p + n * width + at);
+      const Vector d = (load(change + n * width + at) - share * sums[n]) * (1 / (1 + sums[n]));
+      store(change + n * width + at, d);
+      store(moved + n * width + at, share + d);
+    }
+}
+
+// False where some |D| > 1 or is NaN.
+static bool normalise(const View& p, Matrix& change, Matrix& moved) {
+  Vector most = {};
+  over_blocks<4>(p.rows, [&](Index rows, Index r) {
+    with_constant<1, 4>(rows, [&](auto n) { normalise_rows<n>(p.row(r), change.row(r), moved.row(r), p.width, most); });
+  });
   bool small = true;
-  for (Index lane = 0; lane < LANES; lane++) {
-    total += sum[lane];
-    small = small && most[lane] <= 1;
-  }
-  const float shrink = 1 / (1 + total);
-  for (Index at = 0; at < width; at += LANES) {
-    const Vector share = load(p + at), d = (load(change + at) - share * total) * shrink;
-    store(change + at, d);
-    store(moved + at, share + d);
-  }
+  for (int lane = 0; lane < LANES; lane++) small = small && most[lane] <= 1;
   return small;
 }
 
 struct Head {  // one head of one example: base values, and room for those of a perturbation
   const Attention& call;
-  Matrix a, b, v, p, da, db, dv, moved_a, dp, moved_p, out;
+  Index example = 0, number = 0;
+  Matrix a, b, v, da, db, dv, moved_a, dp, moved_p, out;
+  View p = {};
 
   explicit Head(const Attention& c)
-      : call(c), a(c.rows, c.inner), b(c.inner, c.keys), v(c.keys, c.features), p(c.rows, c.keys), da(a), db(b), dv(v),
-        moved_a(a), dp(p), moved_p(p), out(c.rows, c.features) {}
+      : call(c), a(c.rows, c.inner), b(c.inner, c.keys), v(c.keys, c.features), da(a), db(b), dv(v), moved_a(a),
+        dp(c.rows, c.keys), moved_p(dp), out(c.rows, c.features) {}
 
-  void take(Index example, Index head) {
+  void take(Index n) {
+    example = n / call.heads, number = n % call.heads;
     const auto base = [&](const Operand& x, Matrix& to, float factor) {
-      to.copy(x.base + example * x.strides[0] + head * x.strides[1], x.strides[2], x.strides[3], factor);
+      to.copy(x.base + example * x.strides[0] + number * x.strides[1], x.strides[2], x.strides[3], factor);
     };
     base(call.a, a, float(call.scale));
     base(call.b, b, 1);
     base(call.v, v, 1);
-    p.copy(call.shares + (example * call.heads + head) * call.rows * call.keys, call.keys, 1, 1);
+    p = {call.shares + n * call.rows * dp.width, call.rows, call.keys, dp.width};
   }
 
-  bool perturb(Index perturbation, Index example, Index head) {
+  bool perturb(Index perturbation) {
     const auto change = [&](const Operand& x, Matrix& to, float factor) {
-      if (x.change)
-        to.copy(x.change + perturbation * x.moved[0] + example * x.moved[1] + head * x.moved[2], x.moved[3],
-                x.moved[4], factor);
-      return x.change != nullptr;
+      if (!x.change) return false;
+      const float* from = x.change + perturbation * x.moved[0] + example * x.moved[1] + number * x.moved[2];
+      to.copy(from, x.moved[3], x.moved[4], factor);
+      return true;
     };
     const bool a_moves = change(call.a, da, float(call.scale)), b_moves = change(call.b, db, 1);
     const bool v_moves = change(call.v, dv, 1), p_moves = a_moves || b_moves;
     if (a_moves) moved_a.add(a, da);
     bool small = true;
+    Product products[2];
+    int count = 0;
     if (p_moves) {
-      sum_of_products(a_moves ? &da : nullptr, &b, b_moves ? (a_moves ? &moved_a : &a) : nullptr, &db, dp);
-      for (Index r = 0; r < p.rows; r++) small &= normalise_row(p.row(r), dp.row(r), moved_p.row(r), p.width);
+      if (a_moves) products[count++] = {da.view(), b.view()};
+      if (b_moves) products[count++] = {(a_moves ? moved_a : a).view(), db.view()};
+      sum_of(products, count, dp);
+      small = normalise(p, dp, moved_p);
     }
-    sum_of_products(p_moves ? &dp : nullptr, &v, v_moves ? (p_moves ? &moved_p : &p) : nullptr, &dv, out);
+    count = 0;
+    if (p_moves) products[count++] = {dp.view(), v.view()};
+    if (v_moves) products[count++] = {p_moves ? moved_p.view() : p, dv.view()};
+    sum_of(products, count, out);
     for (Index r = 0; r < out.rows; r++) {
-      const Index place = ((perturbation * call.batch + example) * call.rows + r) * call.heads + head;
+      const Index place = ((perturbation * call.batch + example) * call.rows + r) * call.heads + number;
       std::copy(out.row(r), out.row(r) + call.features, call.out + place * call.features);
     }
     return small;
@@ -156,8 +191,8 @@ static bool attend(const Attention& call, int threads) {
     Head head(call);
 #pragma omp for schedule(static)
     for (Index n = 0; n < call.batch * call.heads; n++) {
-      head.take(n / call.heads, n % call.heads);
-      for (Index k = 0; k < call.count; k++) small = head.perturb(k, n / call.heads, n % call.heads) && small;
+      head.take(n);
+      for (Index k = 0; k < call.count; k++) small = head.perturb(k) && small;
     }
   }
   return small;

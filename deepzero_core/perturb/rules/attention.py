@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepzero_core.perturb.attention import attend, shares
 from deepzero_core.perturb.changes import Block, Change, OneHot, dense
-from deepzero_core.perturb.native.attention import attention_change, suits
+from deepzero_core.perturb.native.attention import attention_change, in_vectors, suits
 from deepzero_core.perturb.rules.linear import matrix_product
 from deepzero_core.perturb.rules.registry import Call, Result, rule
 from deepzero_core.perturb.rules.softmax import softmax
@@ -27,13 +27,13 @@ def attention(call: Call) -> Result:
     a, b, v, scale = call.args
     if any(not isinstance(call.change(position), (Change, OneHot)) for position in call.changed()):
         return None
-    probabilities = call.once("probabilities", lambda: shares(a, b, scale).contiguous())
-    if suits(call.output) and probabilities.dtype == torch.float32:
+    if suits(call.output):
+        probabilities = call.once("in vectors", lambda: in_vectors(shares(a, b, scale)))
         deltas = [None if change is None else dense(change, base.shape) for change, base in _operands(call)]
         found = attention_change((a, b, v), (deltas[0], deltas[1], deltas[2]), probabilities, scale, call.count)
         if found is not None:
             return Change(found)
-    return _step_by_step(call, probabilities)
+    return _step_by_step(call, call.once("shares", lambda: shares(a, b, scale)))
 
 
 def _operands(call: Call) -> list[tuple[Change | OneHot | None, Tensor]]:
