@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "dense.h"
 #include "program.h"
 
 extern "C" {
@@ -29,4 +30,11 @@ void deepzero_run(const Program* program, const Moved* moved, const float* steps
 
 // 0 where some score moves by more than 1: the series does not hold.
 int deepzero_attend(const Attention* call, int threads) { return attend(*call, threads); }
+
+void deepzero_layer_norm(const LayerNorm* call, int threads) { layer_norm(*call, threads); }
+
+void deepzero_polynomial(const float* delta, const float* const* coefficients, Index terms, Index count, Index size,
+                         float* out, int threads) {
+  with_constant<2, 12>(terms, [&](auto n) { polynomial<n>(delta, coefficients, count, size, out, threads); });
+}
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepzero_core.perturb.changes import Change, take
+from deepzero_core.perturb.native import dense as native
 from deepzero_core.perturb.rules.elementwise import pointwise
 from deepzero_core.perturb.rules.registry import Call, Result, only_change, rule, within
 
@@ -67,6 +68,8 @@ def _expand(call: Call, function: Callable[[Tensor], Tensor]) -> Change | None:
     if radius is None:
         return None
     found = call.once(f"within {radius}", lambda: _coefficients(function, call.args[0], radius))
+    if change.block is None and native.suits(delta, *found):
+        return Change(native.polynomial(delta, found))
     *lower, below, highest = (take(coefficient, change.block, width) for coefficient in found)
     total = torch.addcmul(below, highest, delta)
     for coefficient in reversed(lower):

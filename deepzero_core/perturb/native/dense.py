@@ -1,0 +1,60 @@
+"""Kernels for changes of whole tensors: `dense.h` in Python. Everything is float32, on the CPU."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deepzero_core.perturb.native.build import library
+
+_Integer, _Floats = ctypes.c_int64, ctypes.c_void_p
+
+
+class _LayerNorm(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, _Integer) for name in ("count", "rows", "columns")),
+        *((name, _Floats) for name in ("delta", "centred", "scale", "gain", "out")),
+    ]
+
+
+def suits(*values: Tensor) -> bool:
+    """Whether the kernels take values like these."""
+    fits = all(v.dtype == torch.float32 and v.device.type == "cpu" and v.numel() and v.is_contiguous() for v in values)
+    return fits and library() is not None
+
+
+def polynomial(delta: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    """δ·(c₀ + c₁·δ + … + cₙ₋₁·δⁿ⁻¹), 2 ≤ n ≤ 12.
+
+    Args:
+        delta: [P, *s].
+        coefficients: c₀ … cₙ₋₁, [*s] each.
+    """
+    kernels, out = library(), torch.empty_like(delta)
+    assert kernels is not None
+    pointers = (_Floats * len(coefficients))(*(coefficient.data_ptr() for coefficient in coefficients))
+    kernels.deepzero_polynomial(
+        _Floats(delta.data_ptr()), pointers, _Integer(len(coefficients)), _Integer(len(delta)),
+        _Integer(coefficients[0].numel()), _Floats(out.data_ptr()), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def layer_norm(delta: Tensor, centred: Tensor, scale: Tensor, gain: Tensor | None) -> Tensor:
+    """The change of a layer normalisation; see `rules.layer_norm`.
+
+    Args:
+        delta: [P, *s], the change of what is normalised over its last axes.
+        centred: [*s], y − m.
+        scale: (v + ε)^−½ of every group.
+        gain: γ, of the axes that are normalised; None: 1.
+    """
+    kernels, out = library(), torch.empty_like(delta)
+    assert kernels is not None
+    addresses = [delta.data_ptr(), centred.data_ptr(), scale.data_ptr(), gain.data_ptr() if gain is not None else None]
+    columns = centred.numel() // scale.numel()
+    call = _LayerNorm(len(delta), scale.numel(), columns, *addresses, out.data_ptr())
+    kernels.deepzero_layer_norm(ctypes.byref(call), torch.get_num_threads())
+    return out
