@@ -39,6 +39,13 @@ struct Matrix {
     for (Index r = 0; r < rows; r++)
       for (Index c = 0; c < columns; c++) row(r)[c] = factor * from[r * row_stride + c * column_stride];
   }
+  bool moves() const {
+    Vector most = {};
+    for (const Vector& v : values) most += v < 0 ? -v : v;
+    for (int lane = 0; lane < LANES; lane++)
+      if (most[lane] != 0) return true;
+    return false;
+  }
   void add(const Matrix& one, const Matrix& other) {
     for (size_t i = 0; i < values.size(); i++) values[i] = one.values[i] + other.values[i];
   }
@@ -158,7 +165,7 @@ struct Head {  // one head of one example: base values, and room for those of a 
       if (!x.change) return false;
       const float* from = x.change + perturbation * x.moved[0] + example * x.moved[1] + number * x.moved[2];
       to.copy(from, x.moved[3], x.moved[4], factor);
-      return true;
+      return to.moves();  // a row of the weights behind the factors moves those of one head alone
     };
     const bool a_moves = change(call.a, da, float(call.scale)), b_moves = change(call.b, db, 1);
     const bool v_moves = change(call.v, dv, 1), p_moves = a_moves || b_moves;
