@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.attention import attend
 from deepzero_core.perturb.changes import Change, OneHot
 from deepzero_core.perturb.machine import Machine
+from deepzero_core.perturb.rewriting.attention import attend
+from deepzero_core.perturb.rewriting.feed_forward import feed_forward
 from deepzero_core.perturb.rules.registry import Call
 
 aten = torch.ops.aten
@@ -98,6 +99,7 @@ _CONTRACTED: dict[Any, Any] = {
     aten.mm.default: (1, lambda call: call.args[0].shape[1]),
     aten.addmm.default: (1, lambda call: call.args[1].shape[1]),
     aten.bmm.default: (2, lambda call: call.args[0].shape[2]),
+    feed_forward: (None, lambda call: call.args[4].shape[0] * (1 + call.args[1].shape[0] // call.args[4].shape[1])),
     attend: (None, lambda call: _attention(*call.args[1].shape[2:], call.args[2].shape[3])),
 }
 

@@ -14,9 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from deepzero_core.perturb.attention import fuse_attention
-from deepzero_core.perturb.narrowing import narrow
 from deepzero_core.perturb.objective import LossFn, objective, preserved_random_state
+from deepzero_core.perturb.rewriting import rewrite
 
 # `native_batch_norm` overwrites the running statistics it is given. `objective` gives it clones, which the graph then
 # returns: inside the graph nobody else reads them, so the base pass is right, and no rule ever runs the operator again.
@@ -88,8 +87,7 @@ def trace(
             # Fake tensors have no values: code that leaves torch (`.numpy()`, `.item()`) fails instead of being frozen.
             composite = make_fx(evaluate, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
             graph = make_fx(functionalize(_lifted(composite)))(*arguments)
-            fuse_attention(graph)
-            narrow(graph)
+            rewrite(graph)
         except Exception as error:
             # Tracing runs the user's code on stand-ins and can fail in any way that code can. Nothing is lost: the
             # caller evaluates the module itself, pass by pass, and a true error in it shows there.

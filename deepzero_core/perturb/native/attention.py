@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from deepzero_core.perturb.native.build import library
 
@@ -48,7 +47,7 @@ def attention_change(
     Args:
         factors: a [B, H, M, K], b [B, H, K, L] and v [B, H, L, E].
         changes: theirs, [P, …]; None where one does not move.
-        shares: softmax(scale·a·b), [B, H, M, L]; see `in_vectors`.
+        shares: softmax(scale·a·b), [B, H, M, L]; see `dense.in_vectors`.
         scale: of a·b.
         count: P.
     """
@@ -63,13 +62,6 @@ def attention_change(
     assert kernels is not None
     within = kernels.deepzero_attend(ctypes.byref(call), torch.get_num_threads())
     return out.transpose(2, 3) if within else None
-
-
-def in_vectors(shares: Tensor) -> Tensor:
-    """[B, H, M, L] with rows filled up to whole vectors, as the kernel reads them."""
-    kernels = library()
-    assert kernels is not None
-    return F.pad(shares, (0, -shares.shape[-1] % int(kernels.lanes())))
 
 
 def _operand(factor: Tensor, change: Tensor | None) -> _Operand:

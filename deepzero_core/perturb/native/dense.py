@@ -6,10 +6,20 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from deepzero_core.perturb.native.build import library
 
 _Integer, _Floats = ctypes.c_int64, ctypes.c_void_p
+
+
+class _FeedForward(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, _Integer) for name in ("count", "rows", "inputs", "hidden", "outputs", "terms")),
+        *((name, _Floats) for name in ("delta", "first", "second", "coefficients")),
+        ("radius", ctypes.c_double),
+        ("out", _Floats),
+    ]
 
 
 class _LayerNorm(ctypes.Structure):
@@ -58,3 +68,33 @@ def layer_norm(delta: Tensor, centred: Tensor, scale: Tensor, gain: Tensor | Non
     call = _LayerNorm(len(delta), scale.numel(), columns, *addresses, out.data_ptr())
     kernels.deepzero_layer_norm(ctypes.byref(call), torch.get_num_threads())
     return out
+
+
+def feed_forward(
+    delta: Tensor, first: Tensor, second: Tensor, outputs: int, coefficients: Sequence[Tensor], radius: float
+) -> Tensor | None:
+    """The change of f(x·W + c)·W₂ + c₂, [P, M, E]; None where some value between the products moves by more than r.
+
+    Args:
+        delta: [P, M, K], the change of x.
+        first, second: W [K, N] and W₂ [N, E], see `in_vectors`.
+        outputs: E.
+        coefficients: of f, [M, N] each; see `polynomial`.
+        radius: r, up to which they hold.
+    """
+    kernels, (count, rows, inputs) = library(), delta.shape
+    assert kernels is not None
+    out = delta.new_empty(count, rows, outputs)
+    pointers = (_Floats * len(coefficients))(*(coefficient.data_ptr() for coefficient in coefficients))
+    call = _FeedForward(
+        count, rows, inputs, coefficients[0].shape[1], outputs, len(coefficients),
+        delta.data_ptr(), first.data_ptr(), second.data_ptr(), ctypes.cast(pointers, _Floats), radius, out.data_ptr(),
+    )  # fmt: skip
+    return out if kernels.deepzero_feed_forward(ctypes.byref(call), torch.get_num_threads()) else None
+
+
+def in_vectors(matrix: Tensor) -> Tensor:
+    """A matrix with rows filled up with zeros to whole vectors, as products read them."""
+    kernels = library()
+    assert kernels is not None
+    return F.pad(matrix, (0, -matrix.shape[-1] % int(kernels.lanes()))).contiguous()

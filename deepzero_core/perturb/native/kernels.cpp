@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "dense.h"
+#include "feed_forward.h"
 #include "program.h"
 
 extern "C" {
@@ -30,6 +31,9 @@ void deepzero_run(const Program* program, const Moved* moved, const float* steps
 
 // 0 where some score moves by more than 1: the series does not hold.
 int deepzero_attend(const Attention* call, int threads) { return attend(*call, threads); }
+
+// 0 where some value between the products moves by more than the radius.
+int deepzero_feed_forward(const FeedForward* call, int threads) { return feed_forward(*call, threads); }
 
 void deepzero_layer_norm(const LayerNorm* call, int threads) { layer_norm(*call, threads); }
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.attention import attend, shares
 from deepzero_core.perturb.changes import Block, Change, OneHot, dense
-from deepzero_core.perturb.native.attention import attention_change, in_vectors, suits
+from deepzero_core.perturb.native.attention import attention_change, suits
+from deepzero_core.perturb.native.dense import in_vectors
+from deepzero_core.perturb.rewriting.attention import attend, shares
 from deepzero_core.perturb.rules.linear import matrix_product
 from deepzero_core.perturb.rules.registry import Call, Result, rule
 from deepzero_core.perturb.rules.softmax import softmax

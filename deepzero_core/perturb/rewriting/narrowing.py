@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from deepzero_core.perturb.attention import attend
+from deepzero_core.perturb.rewriting.attention import attend
+from deepzero_core.perturb.rewriting.feed_forward import feed_forward
+from deepzero_core.perturb.rewriting.nodes import RESHAPES, shape_of
 
 aten = torch.ops.aten
-
-_RESHAPES = (aten.view.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ _operators: dict[Any, Callable[[Node, Part], Needs | None]] = {}
 
 
 def narrow(graph: GraphModule) -> None:
-    """Rewrite a graph of ATen operators in place, so that it computes parts where it reads parts."""
+    """Let a graph of ATen operators compute parts where it reads parts."""
     parts: dict[Node, Part] = {}
     needs: dict[Node, Needs] = {}
     for node in reversed(graph.graph.nodes):
@@ -82,9 +82,9 @@ def narrow(graph: GraphModule) -> None:
                     node.update_arg(i, _cut(operand, needs[node][i], node, cuts))
             _resized(node, parts[node])
         elif operands[0] in parts:
-            # What is left of a selection whose operand is the selected part alone.
-            node.args = (*node.args[:2], 0, *([needs[node][0].stop - needs[node][0].start] if node.args[3:] else []))
-    graph.recompile()
+            # The operand is what was to be selected.
+            whole = (0,) if node.target is aten.select.int else (0, None)
+            node.args = (operands[0], node.args[1] if len(node.args) > 1 else 0, *whole)
 
 
 def _read(node: Node, needs: dict[Node, Needs]) -> Part | None:
@@ -103,19 +103,20 @@ def _selected(node: Node) -> Part | None:
     """What a selection takes of its operand; None where that is everything, or the node is none."""
     if node.target not in (aten.select.int, aten.slice.Tensor):
         return None
-    operand, axis, *numbers = cast(Any, node.args if len(node.args) > 1 else (*node.args, 0))
-    shape = _shape(operand)
-    axis, length = axis % len(shape), shape[axis]
+    operand, axis, first, last, step = cast(Any, (*node.args, *(None,) * 5))[:5]
+    shape = shape_of(operand)
+    axis = (axis or 0) % len(shape)
+    length = shape[axis]
     if node.target is aten.select.int:
-        return Part.along(axis, shape, numbers[0] % length, numbers[0] % length + 1)
-    start, stop, step = slice(*(numbers or [None])).indices(length) if len(numbers) != 1 else (0, 0, 0)
-    return Part.along(axis, shape, start, stop) if step == 1 and 0 < stop - start < length else None
+        return Part.along(axis, shape, first % length, first % length + 1)
+    start, stop, stride = slice(first, last, step).indices(length)
+    return Part.along(axis, shape, start, stop) if stride == 1 and 0 < stop - start < length else None
 
 
 def _cut(operand: Node, part: Part, reader: Node, cuts: dict[tuple[Node, Part], Node]) -> Node:
     """A part of a value that stays whole, cut before its first reader."""
     if (operand, part) not in cuts:
-        shape, call = _shape(operand), reader.graph.call_function
+        shape, call = shape_of(operand), reader.graph.call_function
         axis, outer, inner = cast(tuple[int, int, int], part.place(shape))
         with reader.graph.inserting_before(reader):
             if (outer, inner) == (1, 1):
@@ -131,18 +132,11 @@ def _cut(operand: Node, part: Part, reader: Node, cuts: dict[tuple[Node, Part], 
 
 def _resized(node: Node, part: Part) -> None:
     """Give an operator that is told the shape of its result that of the part."""
-    if node.target in (*_RESHAPES, aten.expand.default):
-        node.args = (node.args[0], part.within(_shape(node)))
-    if node.target in _RESHAPES:
+    if node.target in (*RESHAPES, aten.expand.default):
+        node.args = (node.args[0], part.within(shape_of(node)))
+    if node.target in RESHAPES:
         # A part may lie in memory as no view of this shape does.
         node.target = aten.reshape.default
-
-
-def _shape(node: Node) -> torch.Size:
-    """Of the value that a node had in the trace; of several the first."""
-    value = node.meta["val"]
-    shape: torch.Size = (value[0] if isinstance(value, (tuple, list)) else value).shape
-    return shape
 
 
 # ---- By operator, the parts of the operands that a part of the result is made of.
@@ -156,8 +150,8 @@ def _needs(node: Node, part: Part) -> Needs | None:
     if found is None or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return None
     needs = found(node, part)
-    operands_fit = needs is not None and all(p.place(_shape(cast(Node, node.args[i]))) for i, p in needs.items())
-    return needs if operands_fit and part.place(_shape(node)) else None
+    operands_fit = needs is not None and all(p.place(shape_of(cast(Node, node.args[i]))) for i, p in needs.items())
+    return needs if operands_fit and part.place(shape_of(node)) else None
 
 
 def _makes_parts(*targets: Any) -> Any:
@@ -168,7 +162,7 @@ def _makes_parts(*targets: Any) -> Any:
     return register
 
 
-@_makes_parts(*_RESHAPES)
+@_makes_parts(*RESHAPES)
 def _reshaped(node: Node, part: Part) -> Needs:
     return {0: part}
 
@@ -176,10 +170,10 @@ def _reshaped(node: Node, part: Part) -> Needs:
 @_makes_parts(aten.clone.default, aten.expand.default)
 def _elementwise(node: Node, part: Part) -> Needs | None:
     """Operands of the result's shape; others where the range is one of their axes, or they are repeated along it."""
-    shape, needs = _shape(node), {}
+    shape, needs = shape_of(node), {}
     for i, operand in enumerate(node.args):
         if isinstance(operand, Node):
-            own, axis = _shape(operand), part.axis(shape)
+            own, axis = shape_of(operand), part.axis(shape)
             if own == shape:
                 needs[i] = part
                 continue
@@ -204,17 +198,17 @@ def _normalised(node: Node, part: Part) -> Needs | None:
 
 @_makes_parts(aten._softmax.default, aten._safe_softmax.default, aten._log_softmax.default)
 def _along_another_axis(node: Node, part: Part) -> Needs | None:
-    shape = _shape(node)
+    shape = shape_of(node)
     found = part.place(shape)
     return {0: part} if found is not None and found[0] != cast(int, node.args[1]) % len(shape) else None
 
 
 @_makes_parts(aten.t.default, aten.transpose.int, aten.permute.default)
 def _permuted(node: Node, part: Part) -> Needs | None:
-    axis, operand = part.axis(_shape(node)), cast(Node, node.args[0])
+    axis, operand = part.axis(shape_of(node)), cast(Node, node.args[0])
     if axis is None:
         return None
-    shape = _shape(operand)
+    shape = shape_of(operand)
     order = cast(Any, node.target)(torch.empty(*range(1, len(shape) + 1), device="meta"), *node.args[1:]).shape
     return {0: Part.along(order[axis] - 1, shape, part.start, part.stop)}
 
@@ -223,16 +217,25 @@ def _permuted(node: Node, part: Part) -> Needs | None:
 def _rows(node: Node, part: Part) -> Needs | None:
     """Rows of a product are those of its first factor; what is added must be the same in all of them."""
     first = len(node.args) - 2
-    shape = _shape(node)
+    shape = shape_of(node)
     found = part.place(shape)
-    if found is None or found[0] != len(shape) - 2 or (first and len(_shape(cast(Node, node.args[0]))) > 1):
+    if found is None or found[0] != len(shape) - 2 or (first and len(shape_of(cast(Node, node.args[0]))) > 1):
         return None
     _, outer, inner = found
-    factor = _shape(cast(Node, node.args[first]))
+    factor = shape_of(cast(Node, node.args[first]))
     return {first: Part(prod(shape[:-2]) * outer, part.length, inner * factor[-1], part.start, part.stop)}
+
+
+@_makes_parts(feed_forward)
+def _fed_forward(node: Node, part: Part) -> Needs | None:
+    found, inputs = part.place(shape_of(node)), shape_of(cast(Node, node.args[2]))
+    if found is None or found[0] != 0:
+        return None
+    _, outer, inner = found
+    return {2: Part(outer, part.length, inner * inputs[1], part.start, part.stop)}
 
 
 @_makes_parts(attend)
 def _queries(node: Node, part: Part) -> Needs | None:
-    factor = _shape(cast(Node, node.args[0]))
-    return {0: Part.along(2, factor, part.start, part.stop)} if part.axis(_shape(node)) == 2 else None
+    factor = shape_of(cast(Node, node.args[0]))
+    return {0: Part.along(2, factor, part.start, part.stop)} if part.axis(shape_of(node)) == 2 else None
