@@ -24,31 +24,36 @@ static void polynomial(const float* delta, const float* const* c, Index count, I
     }
 }
 
-struct LayerNorm {  // delta and out [count, rows, columns]; gain [columns] or null: 1; see rules/layer_norm.py
-  Index count, rows, columns;
+// delta [count, rows, width] of the columns from starts[perturbation] on, out [count, rows, columns]; gain [columns] or
+// null: 1; see rules/layer_norm.py.
+struct LayerNorm {
+  Index count, rows, columns, width;
+  const Index* starts;
   const float *delta, *centred, *scale, *gain;
   float* out;
 };
 
 static void normalise_row(const LayerNorm& call, Index perturbation, Index row) {
-  const Index size = call.columns;
-  const float* delta = call.delta + (perturbation * call.rows + row) * size;
+  const Index size = call.columns, width = call.width, start = call.starts[perturbation];
+  const float* delta = call.delta + (perturbation * call.rows + row) * width;
   const float* centred = call.centred + row * size;
   float* out = call.out + (perturbation * call.rows + row) * size;
   float sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum, squares)
-  for (Index i = 0; i < size; i++) {
+  for (Index i = 0; i < width; i++) {
     sum += delta[i];
-    squares += (2 * centred[i] + delta[i]) * delta[i];
+    squares += (2 * centred[start + i] + delta[i]) * delta[i];
   }
   const float mean = sum / size, variance = squares / size - mean * mean, scale = call.scale[row];
   const float moved = 1 / std::sqrt(1 / (scale * scale) + variance);
   const float rescale = -variance * (scale * moved) * (scale * moved) / (scale + moved);
 #pragma omp simd
-  for (Index i = 0; i < size; i++) {
-    const float change = moved * (delta[i] - mean) + rescale * centred[i];
-    out[i] = call.gain ? call.gain[i] * change : change;
-  }
+  for (Index i = 0; i < size; i++) out[i] = rescale * centred[i] - moved * mean;
+#pragma omp simd
+  for (Index i = 0; i < width; i++) out[start + i] += moved * delta[i];
+  if (call.gain)
+#pragma omp simd
+    for (Index i = 0; i < size; i++) out[i] *= call.gain[i];
 }
 
 static void layer_norm(const LayerNorm& call, int threads) {

@@ -24,8 +24,8 @@ class _FeedForward(ctypes.Structure):
 
 class _LayerNorm(ctypes.Structure):
     _fields_: ClassVar = [
-        *((name, _Integer) for name in ("count", "rows", "columns")),
-        *((name, _Floats) for name in ("delta", "centred", "scale", "gain", "out")),
+        *((name, _Integer) for name in ("count", "rows", "columns", "width")),
+        *((name, _Floats) for name in ("starts", "delta", "centred", "scale", "gain", "out")),
     ]
 
 
@@ -52,20 +52,23 @@ def polynomial(delta: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def layer_norm(delta: Tensor, centred: Tensor, scale: Tensor, gain: Tensor | None) -> Tensor:
-    """The change of a layer normalisation; see `rules.layer_norm`.
+def layer_norm(delta: Tensor, starts: Sequence[int], centred: Tensor, scale: Tensor, gain: Tensor | None) -> Tensor:
+    """The change of a layer normalisation, [P, *s]; see `rules.layer_norm`.
 
     Args:
-        delta: [P, *s], the change of what is normalised over its last axes.
+        delta: [P, *s], the change of what is normalised over its last axes; or of a block along the last of them.
+        starts: where the block begins, P numbers.
         centred: [*s], y − m.
         scale: (v + ε)^−½ of every group.
         gain: γ, of the axes that are normalised; None: 1.
     """
-    kernels, out = library(), torch.empty_like(delta)
+    kernels, count = library(), len(delta)
     assert kernels is not None
+    out, rows = delta.new_empty(count, *centred.shape), scale.numel()
+    columns, width = centred.numel() // rows, delta.numel() // (count * rows)
+    first = (_Integer * count)(*starts)
     addresses = [delta.data_ptr(), centred.data_ptr(), scale.data_ptr(), gain.data_ptr() if gain is not None else None]
-    columns = centred.numel() // scale.numel()
-    call = _LayerNorm(len(delta), scale.numel(), columns, *addresses, out.data_ptr())
+    call = _LayerNorm(count, rows, columns, width, ctypes.cast(first, _Floats), *addresses, out.data_ptr())
     kernels.deepzero_layer_norm(ctypes.byref(call), torch.get_num_threads())
     return out
 

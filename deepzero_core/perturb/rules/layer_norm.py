@@ -49,8 +49,10 @@ def layer_norm(call: Call) -> Result:
     if change is None:
         return None
     known = (centred, scale) if gamma is None else (centred, scale, gamma)
-    if change.block is None and native.suits(change.delta, *known):
-        return Change(native.layer_norm(change.delta, centred, scale, gamma)), None, None
+    of_features = trailing == 1 and change.block is not None and change.block.dim == inputs.ndim - 1
+    if (change.block is None or of_features) and native.suits(change.delta, *known):
+        starts = change.block.start if change.block else (0,) * call.count
+        return Change(native.layer_norm(change.delta, starts, centred, scale, gamma)), None, None
     gain = (inputs.new_ones([]) if gamma is None else gamma).expand(inputs.shape)
     axes = range(inputs.ndim - trailing, inputs.ndim)
     base = _Normalised(centred, scale, gain, axes, prod(call.args[1]))
