@@ -88,9 +88,15 @@ def _kernel(call: Call) -> int:
     return prod(weight.shape[1:])
 
 
-def _attention(inner: int, keys: int, features: int) -> int:
-    """Two products for a·b and two for p·v, in elements of the result."""
-    return 2 * keys * (inner + features) // features
+def _attended(call: Call) -> int:
+    """Two products for a·b and two for p·v."""
+    (inner, keys), features = call.args[1].shape[2:], call.args[2].shape[3]
+    return int(2 * keys * (inner + features) // features)
+
+
+def _fed_forward(call: Call) -> int:
+    (inputs, hidden), outputs = call.args[1].shape, call.args[4].shape[1]
+    return int(hidden * (inputs + outputs) // outputs)
 
 
 # By operator: the axis of its operand that is summed over, and how many products make one element of the result.
@@ -99,8 +105,8 @@ _CONTRACTED: dict[Any, Any] = {
     aten.mm.default: (1, lambda call: call.args[0].shape[1]),
     aten.addmm.default: (1, lambda call: call.args[1].shape[1]),
     aten.bmm.default: (2, lambda call: call.args[0].shape[2]),
-    feed_forward: (None, lambda call: call.args[4].shape[0] * (1 + call.args[1].shape[0] // call.args[4].shape[1])),
-    attend: (None, lambda call: _attention(*call.args[1].shape[2:], call.args[2].shape[3])),
+    feed_forward: (None, _fed_forward),
+    attend: (None, _attended),
 }
 
 

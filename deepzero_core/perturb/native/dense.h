@@ -47,13 +47,14 @@ static void normalise_row(const LayerNorm& call, Index perturbation, Index row) 
   const float mean = sum / size, variance = squares / size - mean * mean, scale = call.scale[row];
   const float moved = 1 / std::sqrt(1 / (scale * scale) + variance);
   const float rescale = -variance * (scale * moved) * (scale * moved) / (scale + moved);
+  std::fill(out, out + size, -mean);
 #pragma omp simd
-  for (Index i = 0; i < size; i++) out[i] = rescale * centred[i] - moved * mean;
+  for (Index i = 0; i < width; i++) out[start + i] = delta[i] - mean;
 #pragma omp simd
-  for (Index i = 0; i < width; i++) out[start + i] += moved * delta[i];
-  if (call.gain)
-#pragma omp simd
-    for (Index i = 0; i < size; i++) out[i] *= call.gain[i];
+  for (Index i = 0; i < size; i++) {
+    const float change = moved * out[i] + rescale * centred[i];
+    out[i] = call.gain ? call.gain[i] * change : change;
+  }
 }
 
 static void layer_norm(const LayerNorm& call, int threads) {

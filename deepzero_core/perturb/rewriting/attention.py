@@ -70,7 +70,7 @@ def _around(softmax: Node) -> _Attention | None:
 
 
 def _factor(node: Any, scores: torch.Size) -> tuple[Node, float] | None:
-    """What every head, [B, H, ·, ·], gives to a batched product [B·H, ·, ·]: a node, and the number it is taken times."""
+    """The node [B, H, ·, ·] behind a factor [B·H, ·, ·] of a batched product, and the number that it is taken times."""
     while unchanged(node) and not _by_head(node, scores):
         node = node.args[0]
     while unchanged(node) and _by_head(node.args[0], scores):

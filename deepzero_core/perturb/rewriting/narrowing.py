@@ -59,7 +59,8 @@ class Part:
 
 Needs = dict[int, Part]
 """By position of an operand, the part of it that is needed; others are needed whole."""
-_operators: dict[Any, Callable[[Node, Part], Needs | None]] = {}
+Operator = Callable[[Node, Part], Needs | None]
+_operators: dict[Any, Operator] = {}
 
 
 def narrow(graph: GraphModule) -> None:
@@ -154,8 +155,8 @@ def _needs(node: Node, part: Part) -> Needs | None:
     return needs if operands_fit and part.place(shape_of(node)) else None
 
 
-def _makes_parts(*targets: Any) -> Any:
-    def register(function: Callable[[Node, Part], Needs | None]) -> Callable[[Node, Part], Needs | None]:
+def _makes_parts(*targets: Any) -> Callable[[Operator], Operator]:
+    def register(function: Operator) -> Operator:
         _operators.update(dict.fromkeys(targets, function))
         return function
 
@@ -236,6 +237,10 @@ def _fed_forward(node: Node, part: Part) -> Needs | None:
 
 
 @_makes_parts(attend)
-def _queries(node: Node, part: Part) -> Needs | None:
-    factor = shape_of(cast(Node, node.args[0]))
-    return {0: Part.along(2, factor, part.start, part.stop)} if part.axis(shape_of(node)) == 2 else None
+def _attended(node: Node, part: Part) -> Needs | None:
+    """Rows are those of the first factor; examples and heads those of all three."""
+    axis = part.axis(shape_of(node))
+    if axis is None or axis > 2:
+        return None
+    factors = range(1 if axis == 2 else 3)
+    return {i: Part.along(axis, shape_of(node.args[i]), part.start, part.stop) for i in factors}

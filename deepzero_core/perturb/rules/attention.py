@@ -8,6 +8,7 @@ and of the softmax do it one after the other.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def _step_by_step(call: Call, probabilities: Tensor) -> Result:
     if moved is not None or db is not None:
         step = replace(call, target=aten.bmm.default, args=(scale * a, b), changes=(moved, db), output=scores, kept={})
         product = matrix_product(step)
-        kept = call.once("kept", dict)
+        kept: dict[str, Any] = call.once("kept", dict)
         share_call = replace(step, target=aten._softmax.default, args=(scores, -1, False), output=share, kept=kept)
         change = softmax(replace(share_call, changes=(product, None, None)))
     mixed = matrix_product(replace(call, target=aten.bmm.default, args=(share, v), changes=(change, dv), kept={}))

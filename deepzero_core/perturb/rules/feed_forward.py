@@ -7,6 +7,7 @@ three operators answer one after the other.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,15 +44,12 @@ def _by_rows(call: Call, delta: Tensor, hidden: Tensor) -> Tensor | None:
     first = call.once("first", lambda: native.in_vectors(weight))
     second = call.once("second", lambda: native.in_vectors(weight_2))
     least = float((delta.flatten(0, 1)[::_SAMPLED] @ weight).abs().max())
-    for radius in TERMS:
-        if least <= radius:
-            known = call.once(
-                f"within {radius}",
-                lambda radius=radius: coefficients(lambda y: function(y, *arguments, **keywords), hidden, radius),
-            )
-            found = native.feed_forward(delta, first, second, weight_2.shape[1], known, radius)
-            if found is not None:
-                return found
+    for radius in (radius for radius in TERMS if least <= radius):
+        expand = partial(coefficients, lambda y: function(y, *arguments, **keywords), hidden, radius)
+        known = call.once(f"within {radius}", expand)
+        found = native.feed_forward(delta, first, second, weight_2.shape[1], known, radius)
+        if found is not None:
+            return found
     return None
 
 
@@ -59,16 +57,20 @@ def _one_after_the_other(call: Call, hidden: Tensor) -> Result:
     bias, weight, inputs, bias_2, weight_2, function, arguments, keywords = call.args
     c, w, x, c_2, w_2, *_ = call.changes
     activated = call.once("activated", lambda: function(hidden, *arguments, **keywords))
-    h = _change(call, aten.addmm.default, (bias, inputs, weight), {}, (c, x, w), hidden)
-    a = _change(call, function, (hidden, *arguments), keywords, (h, *[None] * len(arguments)), activated)
-    return _change(call, aten.addmm.default, (bias_2, activated, weight_2), {}, (c_2, a, w_2), call.output)
+    h = _change(call, "first", aten.addmm.default, (bias, inputs, weight), {}, (c, x, w), hidden)
+    a = _change(call, "f", function, (hidden, *arguments), keywords, (h, *[None] * len(arguments)), activated)
+    operands, moved = (bias_2, activated, weight_2), (c_2, a, w_2)
+    found: Result = _change(call, "second", aten.addmm.default, operands, {}, moved, call.output)
+    return found
 
 
-def _change(call: Call, target: Any, args: tuple[Any, ...], kwargs: Any, changes: tuple[Any, ...], output: Any) -> Any:
-    """The change of one of the operators that this one consists of."""
+def _change(
+    call: Call, name: str, target: Any, args: tuple[Any, ...], kwargs: Any, changes: tuple[Any, ...], output: Tensor
+) -> Any:
+    """The change of one of the operators that this one consists of; None where it does not move."""
     if all(change is None for change in changes):
         return None
-    kept = call.once(f"{target} at {changes[0] is None}", dict)
+    kept: dict[str, Any] = call.once(f"kept by {name}", dict)
     part = replace(call, target=target, args=args, kwargs=kwargs, changes=changes, output=output, kept=kept, own={})
     found = rule_for(target)
     change = found(part) if found is not None else None
