@@ -45,7 +45,7 @@ class DefendedClassifier:
             raise RequestError(f"images must have the shape [N, {', '.join(map(str, self._shape))}], not {batch.shape}")
         given = self._description["certification"] | (params or {})
         seed = int(given.pop("seed", 0))
-        settings = Certification(**given)
+        settings = Certification(**given | {"radii": tuple(given["radii"])})
         generators = (step_generator(seed, number) for number in range(len(batch)))
         found = list(certify_many(self._classifier, iter(batch), settings, generators=generators))
         names = self._description["class_names"]

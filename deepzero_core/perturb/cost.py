@@ -20,6 +20,8 @@ from torch import Tensor
 
 from deepzero_core.perturb.changes import Change, OneHot
 from deepzero_core.perturb.machine import Machine
+from deepzero_core.perturb.rewriting.attention import attend
+from deepzero_core.perturb.rewriting.feed_forward import feed_forward
 from deepzero_core.perturb.rules.registry import Call
 
 aten = torch.ops.aten
@@ -86,12 +88,25 @@ def _kernel(call: Call) -> int:
     return prod(weight.shape[1:])
 
 
+def _attended(call: Call) -> int:
+    """Two products for a·b and two for p·v."""
+    (inner, keys), features = call.args[1].shape[2:], call.args[2].shape[3]
+    return int(2 * keys * (inner + features) // features)
+
+
+def _fed_forward(call: Call) -> int:
+    (inputs, hidden), outputs = call.args[1].shape, call.args[4].shape[1]
+    return int(hidden * (inputs + outputs) // outputs)
+
+
 # By operator: the axis of its operand that is summed over, and how many products make one element of the result.
 _CONTRACTED: dict[Any, Any] = {
     aten.convolution.default: (1, _kernel),
     aten.mm.default: (1, lambda call: call.args[0].shape[1]),
     aten.addmm.default: (1, lambda call: call.args[1].shape[1]),
     aten.bmm.default: (2, lambda call: call.args[0].shape[2]),
+    feed_forward: (None, _fed_forward),
+    attend: (None, _attended),
 }
 
 

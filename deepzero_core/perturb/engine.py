@@ -6,7 +6,7 @@ for the change of the result given the changes of the operands.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -79,13 +79,13 @@ class _Probe:
 
     def see(self, call: Call, change: Any, live: Mapping[Node, Any], passing: int) -> None:
         self._spend(stretch(call, change), work(call, change))
-        self.peak = max(self.peak, passing + _bytes(change) + sum(_bytes(held) for held in live.values()))
+        self.peak = max(self.peak, passing + _bytes([change, *live.values()]))
 
     def see_region(self, region: Region, live: Mapping[Node, Any]) -> None:
         for where, cost in region.costs.items():
             self._spend(where, cost)
             self.region_flops += cost.flops
-        self.peak = max(self.peak, region.bytes + sum(_bytes(held) for held in live.values()))
+        self.peak = max(self.peak, region.bytes + _bytes(live.values()))
 
     def _spend(self, where: str, cost: Cost) -> None:
         self.costs[where] = self.costs.get(where, Cost()) + cost
@@ -244,14 +244,12 @@ def _last_uses(nodes: tuple[Node, ...]) -> dict[Node, list[Node]]:
     return by_user
 
 
-def _bytes(change: Any) -> int:
-    if isinstance(change, tuple):
-        return sum(_bytes(part) for part in change)
-    return _size(getattr(change, "delta", getattr(change, "value", None)))
-
-
-def _size(tensor: Any) -> int:
-    return tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else 0
+def _bytes(changes: Iterable[Any]) -> int:
+    """What changes hold; those that are views of the same memory hold it once."""
+    parts = [part for change in changes for part in (change if isinstance(change, tuple) else (change,))]
+    tensors = [getattr(part, "delta", getattr(part, "value", None)) for part in parts]
+    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _attribute(graph: torch.nn.Module, path: str) -> Any:

@@ -16,6 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from deepzero_core.errors import BlackBoxError
 from deepzero_core.perturb.objective import LossFn, objective, preserved_random_state
+from deepzero_core.perturb.rewriting import rewrite
 
 # `native_batch_norm` overwrites the running statistics it is given. `objective` gives it clones, which the graph then
 # returns: inside the graph nobody else reads them, so the base pass is right, and no rule ever runs the operator again.
@@ -87,6 +88,7 @@ def trace(
             # Fake tensors have no values: code that leaves torch (`.numpy()`, `.item()`) fails instead of being frozen.
             composite = make_fx(evaluate, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
             graph = make_fx(functionalize(_lifted(composite)))(*arguments)
+            rewrite(graph)
         except BlackBoxError:
             raise
         except Exception as error:

@@ -163,6 +163,8 @@ LAYERS = [
     layer("attention_alone", lambda: Apply(nn.MultiheadAttention(4, 2, batch_first=True), lambda inner, x: inner(x, x, x, need_weights=False)[0]), 3, 5, 4),
     layer("projected_attention", lambda: Apply(nn.Linear(4, 12), lambda inner, x: F.scaled_dot_product_attention(*inner(x).unflatten(2, (3, 2, 2)).permute(2, 0, 3, 1, 4), is_causal=True)), 2, 5, 4),
     layer("encoder_layer", lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), 3, 5, 4),
+    layer("whole_attention", lambda: Apply(nn.Linear(4, 12), lambda inner, x: F.scaled_dot_product_attention(*inner(x).unflatten(2, (3, 2, 2)).permute(2, 0, 3, 1, 4))), 2, 5, 4),
+    layer("feed_forward", lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 6), nn.GELU("tanh"), nn.Linear(6, 3)), 2, 5, 4),
     layer("embedding", lambda: Apply(nn.Embedding(7, 3), lambda inner, x: inner(x[:, 0].abs().long() % 7) * x.sum(1, keepdim=True)), 5, 4),
     *[layer(f"linear_{name}", after_linear(function), 5, 4) for name, function in ACTIVATIONS.items()],
     *[layer(f"conv_{name}", after_conv(function), 3, 2, 6, 6) for name, function in IMAGE_FUNCTIONS.items()],

@@ -45,7 +45,7 @@ static void convolve(const Shape& s, const float* x, const float* weight, float*
           *to++ = inside ? (row * s.width + column) * LANES : -1;
         }
     }
-    over_rows(s.outputs, [&](Index rows, Index o) {
+    over_blocks<ROWS>(s.outputs, [&](Index rows, Index o) {
       with_constant<1, ROWS>(rows, [&](auto r) {
         with_constant<1, VECTORS>(count, [&](auto n) {
           direct_tile<r, n>(s, x, weight + o, seen, out + o * s.out_length() + first * LANES);

@@ -1,6 +1,9 @@
 // What Python calls: see program.py.
 #include <omp.h>
 
+#include "attention.h"
+#include "dense.h"
+#include "feed_forward.h"
 #include "program.h"
 
 extern "C" {
@@ -24,5 +27,18 @@ void deepzero_run(const Program* program, const Moved* moved, const float* steps
                   float* shared, float** external, int threads) {
   Run run{*program, moved, steps, group, local, shared, external, {}, {}};
   execute(run, count, threads);
+}
+
+// 0 where some score moves by more than 1: the series does not hold.
+int deepzero_attend(const Attention* call, int threads) { return attend(*call, threads); }
+
+// 0 where some value between the products moves by more than the radius.
+int deepzero_feed_forward(const FeedForward* call, int threads) { return feed_forward(*call, threads); }
+
+void deepzero_layer_norm(const LayerNorm* call, int threads) { layer_norm(*call, threads); }
+
+void deepzero_polynomial(const float* delta, const float* const* coefficients, Index terms, Index count, Index size,
+                         float* out, int threads) {
+  with_constant<2, 12>(terms, [&](auto n) { polynomial<n>(delta, coefficients, count, size, out, threads); });
 }
 }

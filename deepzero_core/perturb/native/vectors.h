@@ -51,10 +51,10 @@ struct BFloat16 {
 };
 #endif
 
-// Calls `block` with (width, first row): `count` rows in nearly equal blocks of at most ROWS.
-template <class Block>
-static inline void over_rows(Index count, Block block) {
-  const Index blocks = (count + ROWS - 1) / ROWS;
+// Calls `block` with (size, first): `count` things in nearly equal blocks of at most MOST.
+template <Index MOST, class Block>
+static inline void over_blocks(Index count, Block block) {
+  const Index blocks = (count + MOST - 1) / MOST;
   for (Index k = 0; k < blocks; k++) {
     const Index first = count * k / blocks;
     block(count * (k + 1) / blocks - first, first);

@@ -143,7 +143,7 @@ static void winograd_tiles(const Shape& s, const float* x, const float* u, float
         next_channel([](float* at, Vector high) { store(at, Element::pack(load(at), high)); });
     }
   for (Index q = 0; q < POINTS; q++)
-    over_rows(s.outputs, [&](Index rows, Index o) {
+    over_blocks<ROWS>(s.outputs, [&](Index rows, Index o) {
       with_constant<1, ROWS>(rows, [&](auto r) {
         products<Element, r, N>(v + q * v_step, u + q * inner * s.outputs + o, m + q * m_step + o * WIDTH, inner,
                                 s.outputs);

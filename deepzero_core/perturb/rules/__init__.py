@@ -2,9 +2,11 @@
 
 from deepzero_core.perturb.rules import (
     activation,
+    attention,
     conv,
     elementwise,
     embedding,
+    feed_forward,
     layer_norm,
     linear,
     losses,
@@ -26,9 +28,11 @@ __all__ = [
     "Result",
     "Rule",
     "activation",
+    "attention",
     "conv",
     "elementwise",
     "embedding",
+    "feed_forward",
     "find",
     "general",
     "layer_norm",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deepzero_core.perturb.changes import Block, Change, OneHot, dense, take
+from deepzero_core.perturb.native import dense as native
 from deepzero_core.perturb.rules.elementwise import product_of_two, sum_of_two
 from deepzero_core.perturb.rules.registry import Call, Result, only_change, rule
 
@@ -47,6 +48,11 @@ def layer_norm(call: Call) -> Result:
     change = only_change(call)
     if change is None:
         return None
+    known = (centred, scale) if gamma is None else (centred, scale, gamma)
+    of_features = trailing == 1 and change.block is not None and change.block.dim == inputs.ndim - 1
+    if (change.block is None or of_features) and native.suits(change.delta, *known):
+        starts = change.block.start if change.block else (0,) * call.count
+        return Change(native.layer_norm(change.delta, starts, centred, scale, gamma)), None, None
     gain = (inputs.new_ones([]) if gamma is None else gamma).expand(inputs.shape)
     axes = range(inputs.ndim - trailing, inputs.ndim)
     base = _Normalised(centred, scale, gain, axes, prod(call.args[1]))

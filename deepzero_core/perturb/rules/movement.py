@@ -18,7 +18,7 @@ from deepzero_core.perturb.rules.registry import Call, Result, over_perturbation
 aten = torch.ops.aten
 
 _PERMUTATIONS = (aten.t.default, aten.transpose.int, aten.permute.default)
-_RESHAPES = (aten.view.default, aten._unsafe_view.default)
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _COPIES = (aten.clone.default, aten.detach.default)
 _SELECTIONS = (
     aten.slice.Tensor,
@@ -120,17 +120,19 @@ def _reshaped_block(old: torch.Size, new: torch.Size, dim: int) -> tuple[int, in
 
 
 def _split_block(change: Change, block: Block, old: torch.Size, new: torch.Size) -> Change | None:
-    """A block whose axis is split in two, [length] → [length/n, n], and stays within one of the n: its outer place."""
-    dim, width = block.dim, change.width
-    inner = new[dim + 1] if len(new) == len(old) + 1 else 0
-    if not inner or new != (*old[:dim], old[dim] // inner, inner, *old[dim + 1 :]):
+    """A block whose axis is split, [length] → [outer, …], and that stays within one element of the outer axis."""
+    dim, parts = block.dim, len(new) - len(old) + 1
+    pieces = new[dim : dim + parts]
+    if parts < 2 or new != (*old[:dim], *pieces, *old[dim + 1 :]) or prod(pieces) != old[dim]:
         return None
-    if any(start % inner + width > inner for start in block.start):
+    inner = prod(pieces[1:])
+    if any(start % inner + change.width > inner for start in block.start):
         return None
     whole = dense(
         Change(change.delta, Block(dim, tuple(start % inner for start in block.start))), _with(old, dim, inner)
     )
-    return Change(whole.unsqueeze(1 + dim), Block(dim, tuple(start // inner for start in block.start)))
+    start = tuple(start // inner for start in block.start)
+    return Change(whole.reshape(change.count, *old[:dim], 1, *pieces[1:], *old[dim + 1 :]), Block(dim, start))
 
 
 def _with(shape: torch.Size, dim: int, length: int) -> torch.Size:

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepzero_core.perturb.changes import Change, take
+from deepzero_core.perturb.native import dense as native
 from deepzero_core.perturb.rules.elementwise import pointwise
 from deepzero_core.perturb.rules.registry import Call, Result, only_change, rule, within
 
 aten = torch.ops.aten
 
-_TERMS = {1 / 1024: 2, 1 / 16: 4, 1 / 4: 6, 1: 12}
+TERMS = {1 / 1024: 2, 1 / 16: 4, 1 / 4: 6, 1: 12}
 """How many coefficients hold to which radius r."""
 
 
@@ -63,10 +64,12 @@ def _expand(call: Call, function: Callable[[Tensor], Tensor]) -> Change | None:
     if change is None or call.args[0].dtype != torch.float32:
         return None
     delta, width = change.delta, change.width if change.block else 0
-    radius = next((radius for radius in _TERMS if within(delta, radius)), None)
+    radius = next((radius for radius in TERMS if within(delta, radius)), None)
     if radius is None:
         return None
-    found = call.once(f"within {radius}", lambda: _coefficients(function, call.args[0], radius))
+    found = call.once(f"within {radius}", lambda: coefficients(function, call.args[0], radius))
+    if change.block is None and native.suits(delta, *found):
+        return Change(native.polynomial(delta, found))
     *lower, below, highest = (take(coefficient, change.block, width) for coefficient in found)
     total = torch.addcmul(below, highest, delta)
     for coefficient in reversed(lower):
@@ -74,9 +77,9 @@ def _expand(call: Call, function: Callable[[Tensor], Tensor]) -> Change | None:
     return Change(total.mul_(delta), change.block)
 
 
-def _coefficients(function: Callable[[Tensor], Tensor], base: Tensor, radius: float) -> tuple[Tensor, ...]:
+def coefficients(function: Callable[[Tensor], Tensor], base: Tensor, radius: float) -> tuple[Tensor, ...]:
     """c₀ … cₙ₋₁, each of the base's shape and type; 0 where y is infinite."""
-    terms = _TERMS[radius]
+    terms = TERMS[radius]
     wide = base.double()
     nodes = [cos(pi * (2 * k + 1) / (2 * terms)) for k in range(terms)]
     middle = function(wide)
