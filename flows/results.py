@@ -51,7 +51,7 @@ def conclude(console: Console, result_file: Path) -> None:
         table.add_row(*row)
     console.print(table)
     for note in result["notes"]:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     places = {
         "report": result_file.with_name("report.html"),
         "MLflow run": result["mlflow_url"],

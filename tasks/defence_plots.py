@@ -15,7 +15,7 @@ from tasks.records import DefenceResult
 
 DEFENCE_NAMES = {
     "none": "no defence",
-    "fo-ds": "FO-DS (white box)",
+    "fo-ds": "FO-DS",
     "zo-ds": "ZO-DS",
     "zo-ae-ds": "ZO-AE-DS",
     "deepzero": "DeepZero",

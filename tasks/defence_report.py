@@ -118,7 +118,7 @@ def defence_table(grouped: Grouped, queries_per_step: int) -> Table:
         (
             DEFENCE_NAMES[method],
             *(_spread([100 * r.certified.accuracy_at[radius] for r in several], 1) for radius in radii),
-            _spread([r.certified.average_radius for r in several], 3),
+            _spread([r.certified.average_radius for r in several], 2),
             f"{round(statistics.mean(r.defended.queries for r in several)):,}",
             duration(statistics.mean(r.defended.seconds for r in several)),
         )
@@ -152,9 +152,9 @@ def out_of_order(grouped: Grouped) -> list[str]:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    """72.0, or 72.0 ± 1.3."""
+    """72.0, or 72.0±1.3."""
     mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean}±{statistics.stdev(values):.{digits}f}"
 
 
 def _facts(grouped: Grouped, victim: Victim) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Randomised smoothing: certified predictions of any classifier, and denoisers that make them good ones."""
 
 from deepzero_core.smoothing.certify import certify, certify_many, predict
-from deepzero_core.smoothing.classifiers import hide, label_table, relabelled
+from deepzero_core.smoothing.classifiers import label_table, relabelled
 from deepzero_core.smoothing.courses import ABSTAIN, Certificate
 from deepzero_core.smoothing.inference import Inference
 from deepzero_core.smoothing.noise import noisy
@@ -24,7 +24,6 @@ __all__ = [
     "certified_accuracy",
     "certify",
     "certify_many",
-    "hide",
     "label_table",
     "noisy",
     "predict",

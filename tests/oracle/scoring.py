@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepzero_core.oracle import HttpOracle
+from deepzero_core.oracle import HttpOracle, ModuleOracle, as_layer
+from deepzero_core.perturb.black_box import BlackBox
 
 Reply = Callable[["Handler", bytes], None]
 
@@ -21,6 +22,11 @@ def network() -> nn.Module:
     """[N, 1, 4, 4] → [N, 3]"""
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)).eval()
+
+
+def hide(classifier: nn.Module, batch_size: int = 1024) -> BlackBox:
+    """A classifier of which nothing but its answers is seen."""
+    return as_layer(ModuleOracle(classifier, batch_size=batch_size))
 
 
 def images(count: int, seed: int = 1) -> Tensor:

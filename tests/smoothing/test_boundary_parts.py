@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.fft import dctn
+from scoring import hide
 from torch import Tensor, nn
 
 from deepzero_core.data import ImageStore, Split
 from deepzero_core.errors import RequestError
-from deepzero_core.smoothing import hide, label_table, noisy, relabelled
+from deepzero_core.smoothing import label_table, noisy, relabelled
 from deepzero_core.smoothing.methods import Estimator
 from deepzero_core.smoothing.methods.cosines import Cosines
 from deepzero_core.smoothing.methods.split import hardness, share_out
@@ -163,21 +164,6 @@ def test_noise_is_a_function_of_seed_and_step() -> None:
     assert abs((first - images).mean().item()) < 0.01
     drawn = torch.randn(images.shape, generator=direction_generator(7, 3))
     assert abs(torch.corrcoef(torch.stack([first.flatten(), drawn.flatten()]))[0, 1]) < 0.05
-
-
-def test_a_hidden_classifier_answers_alike_and_has_nothing_to_differentiate(victim: nn.Module) -> None:
-    box = hide(victim, batch_size=16)
-    images = torch.rand(40, 1, 8, 8, generator=generator())
-    torch.testing.assert_close(box(images), victim(images), rtol=1e-5, atol=1e-5)
-    assert (box.queries, box.calls) == (40, 3)
-    assert not list(box.parameters())
-    with pytest.raises(RequestError, match="has no derivative"):
-        box(images.requires_grad_()).sum().backward()
-
-
-def test_a_classifier_in_training_mode_is_refused() -> None:
-    with pytest.raises(RequestError, match="in training mode"):
-        hide(nn.Sequential(nn.Flatten(), nn.Dropout()))
 
 
 def test_the_label_table_asks_for_every_image_once(victim: nn.Module, digits: ImageStore) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deepzero_core.errors import RequestError, WorkError
 from deepzero_core.smoothing import ABSTAIN, Certificate, Certification, certify, certify_many, predict
-from deepzero_core.smoothing.noise import BLOCK, NoisyCopies
+from deepzero_core.smoothing.copies import BLOCK, NoisyCopies
 
 NORMAL = torch.tensor([[2.0, -1.0], [0.5, 1.0]])  # the shape of x: [2, 2]
 

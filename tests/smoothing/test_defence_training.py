@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from scoring import hide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepzero_core.data import BatchSource
 from deepzero_core.models import Autoencoder
-from deepzero_core.smoothing import hide, noisy
+from deepzero_core.smoothing import noisy
 from deepzero_core.smoothing.methods import (
     DeepZeroDS,
     DeepZeroSplit,

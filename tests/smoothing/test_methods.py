@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from scoring import hide
 from torch import Tensor, nn
 
 from deepzero_core import reference
 from deepzero_core.errors import RequestError
 from deepzero_core.models import Autoencoder, build_denoiser
-from deepzero_core.smoothing import hide, noisy
+from deepzero_core.smoothing import noisy
 from deepzero_core.smoothing.losses import stability
 from deepzero_core.smoothing.methods import (
     DeepZeroDS,
