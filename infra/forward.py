@@ -177,7 +177,7 @@ def _evaluate_base(plugin: str, state: StepState) -> Unperturbed | None:
     return None if forward is None else forward.unperturbed(state)
 
 
-def _evaluate(plugin: str, state: StepState, ranges: Sequence[Range], number: int) -> list[np.ndarray]:
+def _evaluate(number: int, plugin: str, state: StepState, ranges: Sequence[Range]) -> list[np.ndarray]:
     forward: ForwardWorker | None = get_worker().plugins.get(plugin)
     if forward is None:
         return []  # the run was stopped and took its plugin away: nobody reads this
@@ -226,20 +226,18 @@ class DistributedCGE:
             self._ranges = coordinates, *self._cut(evaluator, chosen, base)
         _, ranges, held_ranges, done = self._ranges
         held = self.client.submit(_hold, state, key=self._key("theta", state.name), pure=False)
+        # In the order in which they are to begin, large ranges first.
+        numbers = range(len(ranges))
         futures = [
             self.client.submit(_evaluate_base, self._name, held, key=self._key("base", state.name), pure=False),
-            *(
-                self.client.submit(
-                    _evaluate,
-                    self._name,
-                    held,
-                    held_ranges,
-                    i,
-                    key=self._key("range", state.name, i),
-                    pure=False,
-                    priority=-i,
-                )
-                for i in range(len(ranges))
+            *self.client.map(
+                _evaluate,
+                numbers,
+                plugin=self._name,
+                state=held,
+                ranges=held_ranges,
+                key=[self._key("range", state.name, number) for number in numbers],
+                pure=False,
             ),
         ]
         unperturbed, *results = self._results(futures)
