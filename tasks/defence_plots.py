@@ -88,7 +88,7 @@ def grid(rows: Sequence[Row], path: Path) -> None:
         places = figure.subplots(len(rows), count, squeeze=False)
         for row, axes_of_row in zip(rows, places, strict=True):
             for image, answer, right, axes in zip(row.images, row.answers, row.right, axes_of_row, strict=True):
-                shown = image.clamp(0, 1).permute(1, 2, 0)
+                shown = image.clamp(0, 1).permute(1, 2, 0).numpy()
                 gray = shown.shape[2] == 1
                 axes.imshow(shown[..., 0] if gray else shown[..., :3], cmap="gray" if gray else None, vmin=0, vmax=1)
                 axes.set_xticks([])
