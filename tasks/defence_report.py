@@ -184,16 +184,13 @@ def _numbers(method: str, several: Sequence[DefenceResult]) -> dict[str, Any]:
 
 def _draw(gallery: Gallery, grouped: Grouped, price: float | None, rows: Sequence[Row]) -> None:
     seeds = len(next(iter(grouped.values())))
+    adaptive = any(result.certified.saved for several in grouped.values() for result in several)
     gallery.add(
         "certified-accuracy.png",
         "Certified accuracy by radius",
         "The share of examples that are answered rightly, and provably so within the radius"
         + (f"; the mean and the range of {seeds} seeds." if seeds > 1 else ".")
-        + (
-            " Between the radii of the table a lower bound: examples were settled at those."
-            if _adaptive(grouped)
-            else ""
-        ),
+        + (" A lower bound between the radii of the table, where examples were settled." if adaptive else ""),
         lambda path: defence_plots.accuracy_curves(grouped, path),
         _published(),
     )
@@ -212,10 +209,6 @@ def _draw(gallery: Gallery, grouped: Grouped, price: float | None, rows: Sequenc
             lambda path: defence_plots.losses(grouped, path),
             _costs(grouped, price),
         )
-
-
-def _adaptive(grouped: Grouped) -> bool:
-    return any(result.certified.saved for several in grouped.values() for result in several)
 
 
 def _published() -> Table:

@@ -6,9 +6,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import mlflow.pyfunc
 import pandas as pd
 import pytest
+from serving import Serving
 
 from deepzero_core.data import ImageStore, to_tensor
 
@@ -78,6 +80,20 @@ def test_the_defended_classifier_can_be_loaded_and_certifies(fresh_home: Any, fi
         assert row.abstained == (row.label == -1) == (row.radius == 0.0) == (row.p_lower <= 0.5)
     # One image at a time gives the same, by its number in the question.
     pd.testing.assert_frame_equal(found[:1], model.predict(images[:1], params=params))
+
+
+def test_the_defended_classifier_can_be_served(fresh_home: Any, first: Any, tmp_path: Path) -> None:
+    (parent,) = [run for run in fresh_home.runs() if run.info.run_name.startswith("defend defend-smoke")]
+    logged = fresh_home.client().search_logged_models([parent.info.experiment_id])[0]
+    server = Serving(logged.artifact_location.removeprefix("file://"), tmp_path)
+    question = {"inputs": [[[[0.5] * 8] * 8]] * 2, "params": {"n0": 5, "n": 20, "alpha": 0.05}}
+    try:
+        answer = httpx.post(f"{server.url}/invocations", json=question, timeout=60, trust_env=False).json()
+        wrong = httpx.post(f"{server.url}/invocations", json={"inputs": [[[0.5]]]}, timeout=60, trust_env=False)
+    finally:
+        server.kill()
+    assert [set(row) for row in answer["predictions"]] == [{"label", "class", "radius", "abstained", "p_lower"}] * 2
+    assert wrong.status_code == 400
 
 
 def test_numbers_are_in_mlflow(fresh_home: Any, first: Any) -> None:

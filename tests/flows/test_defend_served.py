@@ -36,7 +36,7 @@ cluster: {workers: 0}
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     torch.manual_seed(0)
     network: nn.Module = Normalised(CNN(1, 10, (8, 8), depth=1, width=4), [0.3], [0.3]).eval()
-    server = Serving(network, torch.rand(2, 1, 8, 8), tmp_path_factory.mktemp("serving"))
+    server = Serving.of(network, torch.rand(2, 1, 8, 8), tmp_path_factory.mktemp("serving"))
     try:
         yield server
     finally:

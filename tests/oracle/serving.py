@@ -1,4 +1,4 @@
-"""MLflow's own scoring server, serving a network that this project has logged and that was registered."""
+"""MLflow's own scoring server, serving a model that this project has logged."""
 
 import os
 import signal
@@ -19,18 +19,23 @@ from tasks.tracking import Run, initialise, tracking_uri
 
 
 class Serving:
-    """`mlflow models serve` of a network on a port of its own; it can die and come back."""
+    """`mlflow models serve` of a model on a port of its own; it can die and come back."""
 
-    def __init__(self, network: nn.Module, example: Tensor, folder: Path) -> None:
-        self._folder, self._store = folder, _registered(network, example, folder)
+    def __init__(self, model: str, folder: Path, *, store: str = "") -> None:
+        self._model, self._folder, self._store = model, folder, store
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             self._port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}"
         self.start()
 
+    @classmethod
+    def of(cls, network: nn.Module, example: Tensor, folder: Path) -> "Serving":
+        """A network as the champion of a registered model."""
+        return cls("models:/digits@champion", folder, store=_registered(network, example, folder))
+
     def start(self) -> None:
-        command = "models serve -m models:/digits@champion --env-manager local --host 127.0.0.1 --workers 1 --port"
+        command = f"models serve -m {self._model} --env-manager local --host 127.0.0.1 --workers 1 --port"
         with (self._folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", *command.split(), str(self._port)],

@@ -16,7 +16,7 @@ from deepzero_core.oracle import BlackBoxUnavailableError, as_layer, logits, ope
 
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    server = Serving(network(), images(2), tmp_path_factory.mktemp("serving"))
+    server = Serving.of(network(), images(2), tmp_path_factory.mktemp("serving"))
     try:
         yield server
     finally:

@@ -118,7 +118,7 @@ def test_the_numbers_for_machines_and_the_pictures(results: list[DefenceResult],
     assert "| FO-DS | 1,536 | 4,000 | 11.07 |" in text, "images at 2.00 per thousand"
     for name in found["pictures"].values():
         assert (reported.folder / name).read_bytes().startswith(b"\x89PNG")
-    assert "lower bound between the radii" in text
+    assert "A lower bound between the radii" in text
 
 
 def test_no_result_is_no_report(tmp_path: Path) -> None:
