@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.defence import Defence
-from configs.schema import Experiment
+from configs.schema import DataConfig, Experiment
 from deepzero_core.errors import DeepZeroError, RequestError
 from flows.defence_plan import defence_plan
 from flows.results import conclude
@@ -37,7 +37,8 @@ def execute(flow_name: str, experiment: Experiment | Defence, *, json_file: Path
     plan: Callable[..., Table] = _plan if isinstance(experiment, Experiment) else defence_plan
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="deepzero-dry-run-") as folder:
-            console.print(plan(flow_name, experiment, Path(folder), predict=True))
+            base = home() if _is_prepared(experiment.data) else Path(folder)
+            console.print(plan(flow_name, experiment, base, predict=True))
         return 0
     plan(flow_name, experiment, home())
     orchestration.configure()
@@ -54,6 +55,16 @@ def execute(flow_name: str, experiment: Experiment | Defence, *, json_file: Path
         write_atomically(json_file, reported.result.read_text(encoding="utf-8"))
     conclude(console, reported.result)
     return 0
+
+
+def _is_prepared(data: DataConfig) -> bool:
+    """Whether nothing would be written to look at the data."""
+    from deepzero_core.data import prepared_stores
+
+    try:
+        return data.source is None and bool(prepared_stores(data.name, home=home()))
+    except RequestError:
+        return False
 
 
 def _plan(flow_name: str, experiment: Experiment, base: Path, *, predict: bool = False) -> Table:
