@@ -4,6 +4,7 @@ Vectors are [2]: x, y. Everything is drawn from a seed on the CPU in float64 and
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,21 +29,18 @@ class Forcing:
     phase: Tensor
     frequency: Tensor
 
-    def at(self, grid: Grid, times: Tensor) -> Tensor:
-        """At the faces of a periodic grid and times [T]: [T, 2, Y, X] in float64."""
-        fields = []
-        for component, (y, x) in enumerate(faces(grid)):
-            place = torch.einsum("k,yx->kyx", self.wave_vector[:, 0], x) + torch.einsum(
-                "k,yx->kyx", self.wave_vector[:, 1], y
-            )
-            # sin(a + b) by angles, so that no [T, n, Y, X] is ever made.
-            moment = self.phase + times[:, None] * self.frequency
-            weights = self.amplitude[:, component]
-            fields.append(
-                torch.einsum("tk,kyx->tyx", weights * moment.cos(), place.sin())
-                + torch.einsum("tk,kyx->tyx", weights * moment.sin(), place.cos())
-            )
-        return torch.stack(fields, 1)
+    def on(self, grid: Grid) -> Callable[[float], Tensor]:
+        """The force at the faces of a periodic grid as a function of time: t → [2, Y, X] in float64."""
+        angles = [self.wave_vector @ torch.stack([x.flatten(), y.flatten()]) for y, x in faces(grid)]
+        waves = torch.stack([torch.cat([angle.sin(), angle.cos()]) for angle in angles])
+
+        def force(time: float) -> Tensor:
+            # sin(k·x + b) = sin(k·x) cos b + cos(k·x) sin b: the sines of places are computed once.
+            moment = self.phase + time * self.frequency
+            weights = torch.cat([moment.cos(), moment.sin()]) * self.amplitude.T.repeat(1, 2)
+            return torch.einsum("ck,ckp->cp", weights, waves).view(2, *grid.cells)
+
+        return force
 
 
 def random_forcing(generator: torch.Generator, count: int = 20) -> Forcing:

@@ -1,7 +1,7 @@
 """PhiFlow, made fast: simulations in a batch dimension, each step traced once for each number of them.
 
-PhiFlow spends milliseconds of Python on a step whatever its size, so that simulations are advanced together and the step
-is compiled (`math.jit_compile`). A trace holds for one batch size; sizes are rounded up to powers of two, and what is
+PhiFlow spends milliseconds of Python on a step whatever its size: simulations are advanced together, and the step is
+compiled (`math.jit_compile`). A trace holds for one batch size; sizes are rounded up to powers of two, and what is
 too much is computed and dropped. Neither changes a bit of any simulation.
 """
 
@@ -21,7 +21,7 @@ LOCK = RLock()
 
 @functools.cache
 def flow() -> Any:
-    """The module `phi.torch.flow`. Imported when first needed: it takes a second. Never by `import *`, which hides `round`."""
+    """The module `phi.torch.flow`, imported when first needed: it takes a second. Its `import *` would hide `round`."""
     with quiet():
         import phi.torch.flow
 

@@ -150,7 +150,9 @@ def velocity_field(velocity_y: Any, velocity_x: Any, grid: Grid) -> Any:
     return phi.StaggeredGrid(both, phi.ZERO_GRADIENT, bounds, y=y, x=x)
 
 
-def transport(velocity_y: Any, velocity_x: Any, reynolds: Any, *, grid: Grid, dt: float, substeps: int) -> Sequence[Any]:
+def transport(
+    velocity_y: Any, velocity_x: Any, reynolds: Any, *, grid: Grid, dt: float, substeps: int
+) -> Sequence[Any]:
     """Diffusion, boundary values and advection of PhiFlow's tensors; (v_y, v_x)."""
     velocity = _bounded(velocity_y, velocity_x, reynolds, grid, dt, substeps)
     return _components(flow().advect.semi_lagrangian(velocity, velocity, dt))
