@@ -71,7 +71,8 @@ def wake_cases(
 ) -> list[Case]:
     """The wake behind the disc from the first poke on: `skip` frames are left out, then `frames` are kept.
 
-    RequestError: a factor that does not divide the grid, no frames, a Reynolds number below 97.7. WorkError: a reference run that diverges.
+    RequestError: a factor that does not divide the grid, no frames, a Reynolds number below 97.7.
+    WorkError: a reference run that diverges.
     """
     _check(reference, factor, skip, frames)
     simulator = wake.Wake(reference)

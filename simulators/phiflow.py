@@ -79,6 +79,8 @@ class Compiled:
         with LOCK, quiet(), _precision(values[0]):
             if key not in self._traces:
                 self._traces[key] = flow().math.jit_compile(self.function)
+                # A trace remembers of what it first meets whether it needed a gradient: that must not.
+                run(self._traces[key], *(value.detach() for value in values))
             return [part[:size] for part in run(self._traces[key], *values)]
 
 

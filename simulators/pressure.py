@@ -2,8 +2,8 @@
 
     ∇·(H ∇p) = ∇·v  in fluid cells,   v ← v − H ∇p
 
-H is 1 at faces between two fluid cells and at the outer boundary, 0 at the obstacle's. p = 0 outside the domain, which
-is open on all sides. Velocities: velocity_y [N, Y + 1, X], velocity_x [N, Y, X + 1].
+H is 1 at faces between two fluid cells and at the open edges of the domain, outside which p = 0; it is 0 at the
+obstacle's faces, at walls and at a fixed inflow. Velocities: velocity_y [N, Y + 1, X], velocity_x [N, Y, X + 1].
 """
 
 from typing import Any
@@ -61,14 +61,18 @@ class Projection:
     """v ↦ v − H ∇p, linear in v and differentiable.
 
     fluid: bool [Y, X], false inside the obstacle. spacing: the edge of a cell.
+    channel: walls to the left and to the right and an inflow at the lower edge that stays as it is; else all is open.
     """
 
-    def __init__(self, fluid: np.ndarray, spacing: float) -> None:
+    def __init__(self, fluid: np.ndarray, spacing: float, *, channel: bool = False) -> None:
         self.spacing = spacing
         self.fluid = torch.from_numpy(fluid)
         padded = np.pad(fluid, 1, constant_values=True)
         self.open_y = torch.from_numpy(padded[:-1, 1:-1] & padded[1:, 1:-1])
         self.open_x = torch.from_numpy(padded[1:-1, :-1] & padded[1:-1, 1:])
+        self.flows_y = self.open_y.clone()
+        if channel:
+            self.open_x[:, [0, -1]] = self.open_y[0] = False
         self.system = Factored(self._matrix())
 
     def _matrix(self) -> Any:
@@ -95,7 +99,7 @@ class Projection:
 
     def __call__(self, velocity_y: Tensor, velocity_x: Tensor) -> tuple[Tensor, Tensor]:
         """The velocity without divergence and without flow through the obstacle's faces."""
-        velocity_y, velocity_x = velocity_y * self.open_y, velocity_x * self.open_x
+        velocity_y, velocity_x = velocity_y * self.flows_y, velocity_x * self.open_x
         padded = torch.nn.functional.pad(self.pressure(velocity_y, velocity_x), (1, 1, 1, 1))
         gradient_y = padded[:, :, 1:-1].diff(dim=1) / self.spacing
         gradient_x = padded[:, 1:-1].diff(dim=2) / self.spacing

@@ -121,11 +121,10 @@ class Conversation:
                         raise ProgramFailedError(self._end()) from error
 
     def line(self) -> str:
-        while b"\n" not in self._buffer:
-            if len(self._buffer) > LONGEST_LINE:
+        while (end := self._buffer.find(b"\n", 0, LONGEST_LINE)) < 0:
+            if len(self._buffer) >= LONGEST_LINE:
                 raise ProgramFailedError(f"it answered a line of more than {LONGEST_LINE} bytes")
             self._wait_and_read()
-        end = self._buffer.index(b"\n")
         return self.bytes(end + 1)[:-1].decode(errors="replace")
 
     def bytes(self, count: int) -> bytes:

@@ -46,7 +46,9 @@ class Wake(Contained):
 
     lowest_reynolds: the most viscous simulation that will be asked for; the substeps of explicit diffusion follow from
     it (ν·dt/dx² ≤ ¼ in each), the same for all, so that no simulation depends on those beside it.
-    centre: (y, x) of the disc. The domain is the grid's; wider ones than the set-up's are for validation.
+    centre: (y, x) of the disc. The domain is the grid's.
+    channel: walls without friction to the left and right, and an inflow that is fixed, in place of sides that are open:
+    what the literature on wakes computes. The set-up's disc sheds more slowly than that, because its flow can give way.
 
     RequestError: a Reynolds number below the lowest, or not positive; a disc that is not inside the domain.
     """
@@ -59,6 +61,7 @@ class Wake(Contained):
         grid: Grid = SOURCE,
         *,
         centre: tuple[float, float] = CENTRE,
+        channel: bool = False,
         dt: float = 1.0,
         lowest_reynolds: float = TRAIN_REYNOLDS[0],
         limit: float = 20 * INFLOW,
@@ -72,7 +75,7 @@ class Wake(Contained):
             raise RequestError(f"dt and lowest_reynolds must be positive, not {dt} and {lowest_reynolds}")
         self.grid, self.centre, self.dt, self.lowest_reynolds = grid, centre, dt, lowest_reynolds
         self.substeps = max(1, math.ceil(4 * viscosity(lowest_reynolds) * dt / grid.spacing**2))
-        self.projection = Projection(_fluid(grid, centre), grid.spacing)
+        self.projection = Projection(_fluid(grid, centre), grid.spacing, channel=channel)
         self._transport = Compiled(functools.partial(transport, grid=grid, dt=dt, substeps=self.substeps))
         self._with_marker = Compiled(functools.partial(transport_marker, grid=grid, dt=dt, substeps=self.substeps))
 
@@ -121,7 +124,7 @@ class Wake(Contained):
             dt=self.dt,
             substeps=self.substeps,
             tolerance=tolerance,
-            fluid=self.projection.fluid.numpy(),
+            projection=self.projection,
         )
         velocity_y, velocity_x = run(step, state["velocity_y"], state["velocity_x"], params["reynolds"])
         return {"velocity_y": velocity_y, "velocity_x": velocity_x}
@@ -181,22 +184,33 @@ def whole_step(
     dt: float,
     substeps: int,
     tolerance: float,
-    fluid: np.ndarray,
+    projection: Projection,
 ) -> Sequence[Any]:
-    """Everything by PhiFlow."""
+    """Everything by PhiFlow; of the projection, only where faces are open."""
     phi = flow()
-    velocity = velocity_field(*transport(velocity_y, velocity_x, reynolds, grid=grid, dt=dt, substeps=substeps), grid)
-    active = phi.CenteredGrid(phi.wrap(fluid.astype(float), phi.spatial("y,x")), 1, velocity.bounds, **_sizes(grid))
-    closed = phi.field.stagger(active, phi.math.minimum, velocity.boundary, at="face", dims=velocity.vector.item_names)
-    active = active.with_extrapolation(phi.extrapolation.NONE)
-    velocity = velocity * closed
+    sizes = dict(zip("yx", grid.cells, strict=True))
+    open_y, open_x, flows_y, fluid = (
+        phi.wrap(mask.numpy().astype(float), phi.spatial("y,x"))
+        for mask in (projection.open_y, projection.open_x, projection.flows_y, projection.fluid)
+    )
+    velocity_y, velocity_x = transport(velocity_y, velocity_x, reynolds, grid=grid, dt=dt, substeps=substeps)
+    velocity = velocity_field(velocity_y * flows_y, velocity_x * open_x, grid)
+    closed = velocity_field(open_y, open_x, grid)
+    active = phi.CenteredGrid(fluid, phi.extrapolation.NONE, velocity.bounds, **sizes)
     system = (velocity.boundary, closed, active)
-    guess = phi.CenteredGrid(phi.math.zeros(phi.batch(velocity)), 0, velocity.bounds, **_sizes(grid))
+    guess = phi.CenteredGrid(phi.math.zeros(phi.batch(velocity)), 0, velocity.bounds, **sizes)
     solve = phi.Solve("CG", tolerance, x0=guess)
     divergence = phi.field.divergence(velocity) * active
-    pressure = phi.math.solve_linear(phi.fluid.masked_laplace, divergence, solve, *system)
+    pressure = phi.math.solve_linear(_laplacian(phi.math.get_precision()), divergence, solve, *system)
     gradient = phi.field.spatial_gradient(pressure, velocity.boundary, at="face") * closed
     return _components(velocity - gradient)
+
+
+@functools.cache
+def _laplacian(bits: int) -> Any:
+    """PhiFlow's, one for each precision: it keeps its matrix in that of the first velocity it meets."""
+    phi = flow()
+    return phi.math.jit_compile_linear(phi.fluid.masked_laplace.f)
 
 
 def _bounded(velocity_y: Any, velocity_x: Any, reynolds: Any, grid: Grid, dt: float, substeps: int) -> Any:
@@ -209,10 +223,6 @@ def _bounded(velocity_y: Any, velocity_x: Any, reynolds: Any, grid: Grid, dt: fl
 
 def _components(velocity: Any) -> tuple[Any, Any]:
     return velocity.vector["y"].values, velocity.vector["x"].values
-
-
-def _sizes(grid: Grid) -> dict[str, int]:
-    return dict(zip("yx", grid.cells, strict=True))
 
 
 def _held(grid: Grid) -> np.ndarray:
