@@ -1,9 +1,11 @@
 """`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative;
-`memory`: what an estimate needs beside a forward pass.
+`memory`: what an estimate needs beside a forward pass; `simulators`: advanced together beside PhiFlow's own step, and
+their physics.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png
 python -m benchmarks memory --case dncnn17
+python -m benchmarks simulators --case wake --case cole-hopf
 """
 
 import argparse
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, memory, plot
+from benchmarks import accuracy, memory, physics, plot, simulators
 from benchmarks.cases import CASES
 from benchmarks.machine import machine
 from benchmarks.measure import Options, measure
@@ -25,6 +27,7 @@ from benchmarks.table import show
 from benchmarks.workers import measure_workers
 from deepzero_core.errors import DeepZeroError, RequestError, WorkError, suggest
 from deepzero_core.perturb.estimate import PRECISIONS
+from tasks.environment import version
 
 WORKERS = "workers"
 
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: measured what the arguments ask for; 1: the engine disagrees with its baselines; 2: the request was wrong."""
     try:
         options = _parser().parse_args(arguments)
-        {"speed": _speed, "accuracy": _accuracy, "memory": _memory}[options.what](options)
+        {"speed": _speed, "accuracy": _accuracy, "memory": _memory, "simulators": _simulators}[options.what](options)
         return 0
     except DeepZeroError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -76,6 +79,24 @@ def _memory(options: argparse.Namespace) -> None:
     memory.show(found)
 
 
+def _simulators(options: argparse.Namespace) -> None:
+    valid = [*simulators.CASES, *physics.CASES]
+    cases = _known(options.case or valid, valid, "case")
+    _set_up(options)
+    report = _Report()
+    facts = machine(options.threads, torch.device("cpu")) | {"phiflow": version("phiflow"), "phiml": version("phiml")}
+    speeds = simulators.measure(cases, options.repeats, report)
+    findings = physics.measure(cases, report)
+    rows = [dataclasses.asdict(speed) | {"ratios": speed.ratios} for speed in speeds]
+    physical = [dataclasses.asdict(finding) for finding in findings]
+    save(options.json, {"machine": facts, "speed": rows, "physics": physical})
+    simulators.show(speeds)
+    physics.show(findings)
+    wrong = [f"{finding.case}, {finding.quantity}" for finding in findings if finding.holds is False]
+    if wrong:
+        raise WorkError(f"the simulators are not what they should be: {'; '.join(wrong)}")
+
+
 class _Report:
     """Lines on the error stream: seconds since the start, and what is being timed."""
 
@@ -90,8 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("speed", "accuracy", "memory"), default="speed")
-    parser.add_argument("--case", action="append", help=f"one of {', '.join([*CASES, WORKERS])}; may be repeated; all")
+    parser.add_argument("what", nargs="?", choices=("speed", "accuracy", "memory", "simulators"), default="speed")
+    parser.add_argument(
+        "--case",
+        action="append",
+        help=f"one of {', '.join([*CASES, WORKERS])}; for simulators, of "
+        f"{', '.join([*simulators.CASES, *physics.CASES])}; may be repeated; all",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every contender; medians are shown")
     parser.add_argument(
@@ -101,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json",
         type=Path,
-        help="where the numbers go; benchmarks.json, benchmarks-accuracy.json, benchmarks-memory.json",
+        help="where the numbers go; benchmarks.json, or benchmarks-accuracy.json and so on",
     )
     parser.add_argument("--plot", type=Path, help="accuracy only: where the picture goes")
     return parser

@@ -80,3 +80,12 @@ def strouhal(frequency: float, diameter: float, speed: float) -> float:
 def strouhal_of_cylinder(reynolds: float) -> float:
     """Of a circular cylinder in an unbounded flow: 0.212·(1 − 21.2/Re) for 50 < Re < 150 or so. Source: Roshko 1954."""
     return 0.212 * (1 - 21.2 / reynolds)
+
+
+def without_blockage(strouhal_number: float, blockage: float, *, drag: float = 1.35) -> float:
+    """St of a cylinder in a channel as it would be in an unbounded flow.
+
+    St / (1 + C_D·β/4 + 0.82·β²), β the diameter over the width; C_D ≈ 1.35 for 100 < Re < 200.
+    Source: Allen and Vincenti 1944.
+    """
+    return strouhal_number / (1 + drag * blockage / 4 + 0.82 * blockage**2)

@@ -130,7 +130,7 @@ class Wake(Contained):
         return {"velocity_y": velocity_y, "velocity_x": velocity_x}
 
     def _viscous_enough(self, reynolds: Tensor) -> Tensor:
-        lowest = float(reynolds.min())
+        lowest = float(reynolds.detach().min())
         # A number that went through float32 must still be the lowest.
         if not lowest >= self.lowest_reynolds * (1 - 1e-6):
             raise RequestError(

@@ -11,10 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch import nn
 
 from deepzero_core.errors import RequestError
+from deepzero_core.training.sources import Batch
 from simulators import examples
+from simulators.cases import Case
 from simulators.external import ExternalProgram
+from simulators.methods import FieldCoupling, Loop, Windows, ZerothOrderLoop
 from simulators.protocol import alive
 
 CELLS = 24
@@ -176,6 +180,40 @@ def test_every_misbehaviour_with_files_is_a_crash(script: str, reason: str) -> N
     )
     assert not alive(program.step(velocity(), {})).any()
     assert reason in program.statistics.last_error
+
+
+def test_a_corrector_is_trained_through_a_program_that_crashes_once(
+    burgers1d: str, tmp_path: Path, opened: list[ExternalProgram]
+) -> None:
+    """A program with too much viscosity is corrected to one with the right one, and neither shows how it computes."""
+    mark = {"MARK": str(tmp_path / "crashed")}
+    fine = ExternalProgram([burgers1d, "0.02", "0.1"], state_shapes=SHAPES)
+    coarse = ExternalProgram([burgers1d, "0.4", "0.1", "25"], state_shapes=SHAPES, environment=mark)
+    opened += [fine, coarse]
+    frames = [velocity(1)]
+    for _ in range(11):
+        frames.append(fine.step(frames[-1], {}))
+    case = Case("fine", {"velocity": torch.cat([frame["velocity"] for frame in frames])}, {})
+
+    loop = Loop(coarse, FieldCoupling("velocity"), steps=3)
+    corrector = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular", bias=False).double()
+    nn.init.zeros_(corrector.weight)
+    source, batch = ZerothOrderLoop(loop, mu=1e-6), Windows(loop, [case]).batch([0, 2, 4, 6, 8])
+    optimizer, losses = torch.optim.Adam(corrector.parameters(), lr=0.01), []
+    for number in range(80):
+        estimate = source.estimate(corrector, Batch(number, 0, number, *batch), None)
+        corrector.weight.grad = estimate.gradients["weight"]
+        optimizer.step()
+        losses.append(estimate.loss)
+    assert losses[-1] < 0.01 * losses[0]
+    assert (coarse.statistics.restarts, coarse.statistics.crashed, coarse.statistics.diverged) == (1, 0, 0)
+    # The viscosity that was too much, taken away again: −0.038 times (1, −2, 1), but for what three steps mix.
+    torch.testing.assert_close(
+        corrector.weight.detach().flatten(),
+        torch.tensor([-0.038, 0.076, -0.038], dtype=torch.float64),
+        rtol=0,
+        atol=0.01,
+    )
 
 
 def test_a_copy_has_a_process_of_its_own(burgers1d: str, opened: list[ExternalProgram]) -> None:
