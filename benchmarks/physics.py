@@ -21,7 +21,7 @@ from simulators.validation import (
 )
 
 REYNOLDS = (100.0, 195.3)
-STEPS, KEPT = 1600, 800
+STEPS, KEPT = 2400, 800
 """Of a wake: time to shed regularly, and what its frequency is taken from."""
 
 

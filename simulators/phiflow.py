@@ -8,6 +8,7 @@ too much is computed and dropped. Neither changes a bit of any simulation.
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from threading import RLock
 from typing import Any
@@ -78,16 +79,28 @@ class Compiled:
         key = (padded, values[0].dtype)
         with LOCK, quiet(), _precision(values[0]):
             if key not in self._traces:
-                self._traces[key] = flow().math.jit_compile(self.function)
-                # A trace remembers of what it first meets whether it needed a gradient: that must not.
-                run(self._traces[key], *(value.detach() for value in values))
-            return [part[:size] for part in run(self._traces[key], *values)]
+                self._traces[key] = _traced(self.function, values)
+            return [part[:size] for part in _natively(self._traces[key], values)]
 
 
 def run(function: Callable[..., Sequence[Any]], *values: Tensor) -> list[Tensor]:
     """The function as PhiFlow runs it, operator by operator: what `Compiled` must equal."""
     with LOCK, quiet(), _precision(values[0]):
-        return [unwrap(part) for part in function(*map(wrap, values))]
+        return _natively(function, values)
+
+
+def _natively(function: Callable[..., Sequence[Any]], values: Sequence[Tensor]) -> list[Tensor]:
+    return [unwrap(part) for part in function(*map(wrap, values))]
+
+
+def _traced(function: Callable[..., Sequence[Any]], values: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+    """The function compiled for arguments like these."""
+    compiled: Callable[..., Sequence[Any]] = flow().math.jit_compile(function)
+    # A trace remembers of what it first meets whether it needed a gradient: that must not. And in the midst of an
+    # operator of torch, as a black box is, nothing can be traced: what says so belongs to the thread.
+    with ThreadPoolExecutor(1) as other:
+        other.submit(_natively, compiled, [value.detach() for value in values]).result()
+    return compiled
 
 
 def _precision(value: Tensor) -> AbstractContextManager[None]:

@@ -205,7 +205,7 @@ def test_a_corrector_is_trained_through_a_program_that_crashes_once(
         corrector.weight.grad = estimate.gradients["weight"]
         optimizer.step()
         losses.append(estimate.loss)
-    assert losses[-1] < 0.01 * losses[0]
+    assert losses[-1] < 0.02 * losses[0]
     assert (coarse.statistics.restarts, coarse.statistics.crashed, coarse.statistics.diverged) == (1, 0, 0)
     # The viscosity that was too much, taken away again: −0.038 times (1, −2, 1), but for what three steps mix.
     torch.testing.assert_close(

@@ -267,6 +267,13 @@ def test_the_loop_with_phiflow(problem) -> None:
     assert distance(split, wanted) < 1e-3
 
 
+def test_phiflow_is_traced_from_within_a_black_box() -> None:
+    """The first question of all comes from the engine, where torch lets nobody trace."""
+    loop, cases, corrector = burgers_problem()
+    found = ZerothOrderLoop(loop).estimate(corrector, batch_of(loop, cases, [0]), {"last.bias": torch.tensor([0])})
+    assert found.gradients["last.bias"][0] != 0
+
+
 @pytest.mark.parametrize("problem", [burgers_problem, wake_problem])
 def test_a_roll_out_is_the_loop(problem) -> None:
     torch.manual_seed(0)
