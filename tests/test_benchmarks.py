@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import accuracy, baselines, models, plot, ratios
+from benchmarks import accuracy, baselines, models, physics, plot, ratios, simulators
 from benchmarks.__main__ import main
 from benchmarks.bars import Bar
 from benchmarks.baselines import Slopes
@@ -244,6 +244,7 @@ def test_accuracy_is_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFi
         (["--precision", "float16"], "did you mean 'bfloat16'?"),
         (["--repeats", "0"], "at least 1"),
         (["accuracy", "--precision", "nonsense"], "valid are"),
+        (["simulators", "--case", "wakes"], "did you mean 'wake'?"),
     ],
 )
 def test_a_wrong_request_is_answered_in_a_sentence(
@@ -259,3 +260,28 @@ def test_peak_memory_is_that_of_a_process(tmp_path: Path, capsys: pytest.Capture
     (peaks,) = json.loads(target.read_text())["peaks"]
     assert peaks["case"] == "cnn5" and 0 < peaks["forward"] < peaks["engine"]
     assert "GiB" in capsys.readouterr().out
+
+
+def test_simulators_are_timed_beside_phiflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(simulators, "TOGETHER", (1, 4))
+    target = tmp_path / "speeds.json"
+    assert main(["simulators", "--case", "burgers", "--repeats", "1", "--threads", "1", "--json", str(target)]) == 0
+    document = json.loads(target.read_text())
+    (speed,) = document["speed"]
+    assert speed["case"] == "burgers" and speed["eager"] > 0
+    assert speed["ratios"]["4"] == pytest.approx(speed["eager"] / speed["together"]["4"])
+    assert document["machine"]["phiflow"] == "3.4.0"
+    assert "4 together" in capsys.readouterr().out
+
+
+def test_a_physical_finding_that_does_not_hold_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = physics.Finding("cole-hopf", "order", 0.5, "1 ± 0.1", False)
+    monkeypatch.setitem(physics.CASES, "cole-hopf", lambda report: [wrong])
+    target = tmp_path / "physics.json"
+    assert main(["simulators", "--case", "cole-hopf", "--threads", "1", "--json", str(target)]) == 1
+    assert "cole-hopf, order" in capsys.readouterr().err
+    assert json.loads(target.read_text())["physics"][0]["found"] == 0.5
