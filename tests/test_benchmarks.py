@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import accuracy, baselines, certification, models, plot, ratios
+from benchmarks import accuracy, baselines, certification, models, physics, plot, ratios, simulators
 from benchmarks.__main__ import main
 from benchmarks.bars import Bar
 from benchmarks.baselines import Slopes
@@ -245,6 +245,7 @@ def test_accuracy_is_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFi
         (["--repeats", "0"], "at least 1"),
         (["accuracy", "--precision", "nonsense"], "valid are"),
         (["certification", "--case", "digit"], "did you mean 'digits'?"),
+        (["simulators", "--case", "wakes"], "did you mean 'wake'?"),
     ],
 )
 def test_a_wrong_request_is_answered_in_a_sentence(
@@ -285,3 +286,28 @@ def test_the_published_certification_and_ours_are_timed_and_agree(
     assert kept["saved"] == pytest.approx(1 - kept["samples"]["adaptive"] / 840)
     assert kept["certified"] == {"published": 1, "shared": 1, "inference": 1, "adaptive": 1}
     assert "of the samples saved, must" in capsys.readouterr().out
+
+
+def test_simulators_are_timed_beside_phiflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(simulators, "TOGETHER", (1, 4))
+    target = tmp_path / "speeds.json"
+    assert main(["simulators", "--case", "burgers", "--repeats", "1", "--threads", "1", "--json", str(target)]) == 0
+    document = json.loads(target.read_text())
+    (speed,) = document["speed"]
+    assert speed["case"] == "burgers" and speed["eager"] > 0
+    assert speed["ratios"]["4"] == pytest.approx(speed["eager"] / speed["together"]["4"])
+    assert document["machine"]["phiflow"] == "3.4.0"
+    assert "4 together" in capsys.readouterr().out
+
+
+def test_a_physical_finding_that_does_not_hold_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = physics.Finding("cole-hopf", "order", 0.5, "1 ± 0.1", False)
+    monkeypatch.setitem(physics.CASES, "cole-hopf", lambda report: [wrong])
+    target = tmp_path / "physics.json"
+    assert main(["simulators", "--case", "cole-hopf", "--threads", "1", "--json", str(target)]) == 1
+    assert "cole-hopf, order" in capsys.readouterr().err
+    assert json.loads(target.read_text())["physics"][0]["found"] == 0.5

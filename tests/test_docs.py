@@ -9,7 +9,7 @@ import pytest
 from deepzero_core.perturb.rules import registry
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = ["black-boxes.md", "engine.md"]
+PAGES = ["black-boxes.md", "engine.md", "simulators.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
