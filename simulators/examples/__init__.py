@@ -1,0 +1,1 @@
+"""Programs to copy: solvers that deepzero can ask (`simulators.external`)."""
