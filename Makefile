@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PACKAGES := configs deepzero_core flows infra tasks
+PACKAGES := configs deepzero_core flows infra simulators tasks
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format bench clean distclean

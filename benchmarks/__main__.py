@@ -1,10 +1,12 @@
 """`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative;
-`memory`: what an estimate needs beside a forward pass; `certification`: randomised smoothing against a plain loop.
+`memory`: what an estimate needs beside a forward pass; `certification`: randomised smoothing against a plain loop;
+`simulators`: advanced together beside PhiFlow's own step, and their physics.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png
 python -m benchmarks memory --case dncnn17
 python -m benchmarks certification --case digits --threads 1
+python -m benchmarks simulators --case wake --case cole-hopf
 """
 
 import argparse
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, certification, memory, plot
+from benchmarks import accuracy, certification, memory, physics, plot, simulators
 from benchmarks.cases import CASES
 from benchmarks.machine import machine
 from benchmarks.measure import Options, measure
@@ -26,6 +28,7 @@ from benchmarks.table import show
 from benchmarks.workers import measure_workers
 from deepzero_core.errors import DeepZeroError, RequestError, WorkError, suggest
 from deepzero_core.perturb.estimate import PRECISIONS
+from tasks.environment import version
 
 WORKERS = "workers"
 
@@ -88,7 +91,31 @@ def _certification(options: argparse.Namespace) -> None:
     certification.show(found)
 
 
-_WHAT = {"speed": _speed, "accuracy": _accuracy, "memory": _memory, "certification": _certification}
+def _simulators(options: argparse.Namespace) -> None:
+    valid = [*simulators.CASES, *physics.CASES]
+    cases = _known(options.case or valid, valid, "case")
+    _set_up(options)
+    report = _Report()
+    facts = machine(options.threads, torch.device("cpu")) | {"phiflow": version("phiflow"), "phiml": version("phiml")}
+    speeds = simulators.measure(cases, options.repeats, report)
+    findings = physics.measure(cases, report)
+    rows = [dataclasses.asdict(speed) | {"ratios": speed.ratios} for speed in speeds]
+    physical = [dataclasses.asdict(finding) for finding in findings]
+    save(options.json, {"machine": facts, "speed": rows, "physics": physical})
+    simulators.show(speeds)
+    physics.show(findings)
+    wrong = [f"{finding.case}, {finding.quantity}" for finding in findings if finding.holds is False]
+    if wrong:
+        raise WorkError(f"the simulators are not what they should be: {'; '.join(wrong)}")
+
+
+_WHAT = {
+    "speed": _speed,
+    "accuracy": _accuracy,
+    "memory": _memory,
+    "certification": _certification,
+    "simulators": _simulators,
+}
 
 
 class _Report:
@@ -109,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--case",
         action="append",
-        help=f"one of {', '.join([*CASES, WORKERS])}, certification: {', '.join(certification.CASES)}; repeatable",
+        help=f"one of {', '.join([*CASES, WORKERS])}; certification: {', '.join(certification.CASES)}; simulators: "
+        f"{', '.join([*simulators.CASES, *physics.CASES])}; may be repeated; all",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every contender; medians are shown")

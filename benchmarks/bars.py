@@ -47,6 +47,9 @@ CERTIFICATION = Bar(2.0)
 SAVED = Bar(0.5)
 """Share of the samples that adaptive mode does without, on the demo."""
 
+SIMULATORS = Bar(30, 100)
+"""PhiFlow's eager step of one simulation, over a simulation's share of a step of 256."""
+
 # precision of the engine → bar; relative error against float64 CGE at μ = 5e-3, against autograd at μ = 1e-6
 AGAINST_CGE = {
     "value": Bar(2e-3, lower=True),
