@@ -23,7 +23,7 @@ from tasks.tracking import Run, run_url
 
 @task(name="report")
 def report_loop(tracking: Tracking, loop: SolverLoop, cases: Cases, results: list[LoopResult]) -> Reported:
-    """The report of a flow run; the first result is the experiment's own method, whose corrector is logged as a model."""
+    """The report of a flow run; the first result is the experiment's own method: its corrector is logged as a model."""
     started = time.monotonic()
     url = run_url(tracking.experiment_id, tracking.run_id)
     run = Run.resume(tracking.run_id)
