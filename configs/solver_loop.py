@@ -40,6 +40,8 @@ class SimulatorConfig(Section):
     """Rows and columns of the source grid of burgers and wake."""
     factor: Count = 4
     """The reference has so many times more cells along each axis."""
+    size: Positive = 32.0
+    """Edge of the domain of burgers; that of the wake is 100 × 200."""
     dt: Positive = 0.1
     """Time step of burgers; that of the wake is 1."""
     viscosity: Annotated[Real, Field(ge=0)] = 0.1

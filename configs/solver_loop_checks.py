@@ -33,7 +33,7 @@ def _simulator(loop: "SolverLoop") -> Iterator[Problem]:
         yield "simulator.field", "name the field of the state that is to be corrected"
     elif isinstance(shapes, dict) and simulator.field not in shapes:
         yield "simulator.field", f"the state has no field {simulator.field!r}; {suggest(simulator.field, shapes)}"
-    for key in ("cells", "factor", "dt", "viscosity"):
+    for key in ("cells", "factor", "size", "dt", "viscosity"):
         if getattr(simulator, key) != SimulatorConfig.model_fields[key].default:
             yield f"simulator.{key}", f"it is for {' and '.join(PHIFLOW)}; your own simulator has its settings"
 

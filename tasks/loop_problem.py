@@ -26,7 +26,7 @@ from tasks.records import Cases
 def source_grid(simulator: SimulatorConfig) -> Grid:
     """That of the solver; RequestError as `Grid`."""
     rows, columns = simulator.cells
-    return Grid((rows, columns), burgers.SIZE if simulator.kind == "burgers" else wake.SIZE)
+    return Grid((rows, columns), (simulator.size, simulator.size) if simulator.kind == "burgers" else wake.SIZE)
 
 
 @contextmanager
