@@ -107,7 +107,7 @@ class LoopTrainingConfig(Section):
     steps: Count = 1000
     """Training steps of every method."""
     batch_size: Count = 3
-    """Simulations per step; `non` takes as many pairs as the others take frames, batch_size · unroll."""
+    """Simulations per step, pairs per step of `non`."""
     unroll: Count = 4
     """Solver steps m of the loop."""
     curriculum: tuple[UnrollStage, ...] = ()

@@ -134,10 +134,9 @@ def couple(
     }
 
     def work(stage: Stage) -> Corrected:
-        pairs = training.batch_size * training.unroll
         return _train(
             stage, loop, cases, method, seed, before, shares,
-            steps=training.steps, lr=_peak(loop, method), pairs=pairs,
+            steps=training.steps, lr=_peak(loop, method), pairs=training.batch_size,
         )  # fmt: skip
 
     return perform(tracking, "couple", Corrected, inputs, work, label=f"{method}, seed {seed}")
