@@ -26,7 +26,7 @@ _SCHEMES = ("tcp", "tls", "ucx", "ws", "wss")
 _ADDRESS = re.compile(
     r"(?:(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://)?(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})"
 )
-_CALLABLE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+CALLABLE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
 def raise_problems(experiment: Any, checks: "Sequence[Callable[[Any], Iterator[Problem]]] | None" = None) -> None:
@@ -95,7 +95,7 @@ def network(model: "ModelConfig", data: "DataConfig") -> Iterator[Problem]:
     """Of a classifier for the data set, keys below its own."""
     facts = DATA_SETS.get(data.name)
     if ":" in model.name:
-        if not _CALLABLE.fullmatch(model.name):
+        if not CALLABLE.fullmatch(model.name):
             yield "name", f"{model.name!r} does not have the form package.module:callable"
         return
     if model.name not in MODELS:

@@ -55,3 +55,14 @@ BLACK_BOXES: dict[str, tuple[str, tuple[str, ...]]] = {
     "mlflow": ("url", _SERVER),
 }
 """By kind of classifier that may only be queried: the setting that it needs, and those that it may have."""
+
+CORRECTORS = ("plain", "residual", "small")
+
+LOWEST_REYNOLDS = 97.7
+
+_OF_BOTH = ("param_shapes", "limit", "batch_size")
+SIMULATORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "external": (("command", "state_shapes"), (*_OF_BOTH, "protocol", "timeout", "retries", "environment")),
+    "function": (("function", "state_shapes"), (*_OF_BOTH, "differentiable")),
+}
+"""By kind of one's own simulator: the settings that it needs, and those that it may have."""

@@ -15,9 +15,15 @@ from configs import yaml_text
 from configs.defence import Defence
 from configs.messages import Override, is_kind, kind_of, model_of, sentences, shown
 from configs.schema import Experiment, Section
+from configs.solver_loop import SolverLoop
 from deepzero_core.errors import RequestError, suggest
 
-SCHEMAS: dict[str, type[Section]] = {"classify": Experiment, "pipeline": Experiment, "defend": Defence}
+SCHEMAS: dict[str, type[Section]] = {
+    "classify": Experiment,
+    "pipeline": Experiment,
+    "defend": Defence,
+    "solver-loop": SolverLoop,
+}
 """By flow: what it is told. Without a flow an Experiment is meant."""
 
 _SUFFIXES = (".yaml", ".yml")
@@ -122,9 +128,9 @@ def _read(path: Path) -> str:
 
 
 def _preset_files(flow: str | None) -> dict[str, Any]:
-    """Experiments lie beside the code; of a flow with a schema of its own, in its folder."""
+    """Experiments lie beside the code; of a flow with a schema of its own, in its folder, dashes as underscores."""
     root = importlib.resources.files("configs")
-    folder = root if flow is None or SCHEMAS[flow] is Experiment else root / flow
+    folder = root if flow is None or SCHEMAS[flow] is Experiment else root / flow.replace("-", "_")
     return {file.name.removesuffix(".yaml"): file for file in folder.iterdir() if file.name.endswith(".yaml")}
 
 

@@ -18,7 +18,7 @@ import typer
 
 from deepzero_core.errors import DeepZeroError, RequestError, suggest
 
-FLOWS = ("classify", "pipeline", "defend")
+FLOWS = ("classify", "pipeline", "defend", "solver-loop")
 
 app = typer.Typer(
     name="deepzero",
@@ -141,7 +141,8 @@ def run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")] = False,
 ) -> None:
-    """Run a flow: classify, pipeline (with certification), or defend a classifier that may only be queried."""
+    """Run a flow: classify; pipeline (with certification); defend (a classifier that may only be queried); solver-loop
+    (a coarse solver, corrected by a network)."""
     if flow not in FLOWS:
         raise RequestError(f"there is no flow {flow!r}; {suggest(flow, FLOWS)}")
     import configs

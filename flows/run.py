@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.defence import Defence
-from configs.schema import DataConfig, Experiment
+from configs.schema import DataConfig, Experiment, Section
+from configs.solver_loop import SolverLoop
 from deepzero_core.errors import DeepZeroError, RequestError
 from flows.defence_plan import defence_plan
 from flows.results import conclude
+from flows.solver_loop_plan import solver_loop_plan
 from infra import orchestration
 from infra.home import home
 
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from tasks.records import Reported
 
 
-def execute(flow_name: str, experiment: Experiment | Defence, *, json_file: Path | None, dry_run: bool) -> int:
+def execute(
+    flow_name: str, experiment: Experiment | Defence | SolverLoop, *, json_file: Path | None, dry_run: bool
+) -> int:
     """Run a flow in this process and print its closing table; the exit status.
 
     Raises:
@@ -34,10 +38,10 @@ def execute(flow_name: str, experiment: Experiment | Defence, *, json_file: Path
         WorkError: the work failed.
     """
     console = Console()
-    plan: Callable[..., Table] = _plan if isinstance(experiment, Experiment) else defence_plan
+    plan = _PLANS[type(experiment)]
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="deepzero-dry-run-") as folder:
-            base = home() if _is_prepared(experiment.data) else Path(folder)
+            base = home() if _is_prepared(experiment) else Path(folder)
             console.print(plan(flow_name, experiment, base, predict=True))
         return 0
     plan(flow_name, experiment, home())
@@ -47,9 +51,15 @@ def execute(flow_name: str, experiment: Experiment | Defence, *, json_file: Path
     from flows.classify import classify
     from flows.defend import defend
     from flows.pipeline import pipeline
+    from flows.solver_loop import solver_loop
     from tasks.stage import write_atomically
 
-    flows: dict[str, Callable[[Any], Reported]] = {"classify": classify, "pipeline": pipeline, "defend": defend}
+    flows: dict[str, Callable[[Any], Reported]] = {
+        "classify": classify,
+        "pipeline": pipeline,
+        "defend": defend,
+        "solver-loop": solver_loop,
+    }
     reported = flows[flow_name](experiment)
     if json_file is not None:
         write_atomically(json_file, reported.result.read_text(encoding="utf-8"))
@@ -57,10 +67,13 @@ def execute(flow_name: str, experiment: Experiment | Defence, *, json_file: Path
     return 0
 
 
-def _is_prepared(data: DataConfig) -> bool:
+def _is_prepared(experiment: Section) -> bool:
     """Whether nothing would be written to look at the data."""
     from deepzero_core.data import prepared_stores
 
+    data: DataConfig | None = getattr(experiment, "data", None)
+    if data is None:
+        return True
     try:
         return data.source is None and bool(prepared_stores(data.name, home=home()))
     except RequestError:
@@ -119,6 +132,13 @@ def _plan(flow_name: str, experiment: Experiment, base: Path, *, predict: bool =
     return table
 
 
+_PLANS: dict[type[Section], Callable[..., Table]] = {
+    Experiment: _plan,
+    Defence: defence_plan,
+    SolverLoop: solver_loop_plan,
+}
+
+
 def _prediction(experiment: Experiment, module: "nn.Module", batches: "BatchSource", steps: int) -> dict[str, str]:
     """Time and operations of coordinate-wise estimation by the cost model, the masks spread evenly over the layers."""
     import torch
@@ -151,7 +171,7 @@ def _show_warnings() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handler.setLevel(logging.WARNING)
-    for package in ("infra", "tasks", "deepzero_core"):
+    for package in ("infra", "tasks", "simulators", "deepzero_core"):
         logger = logging.getLogger(package)
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

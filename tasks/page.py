@@ -52,9 +52,13 @@ class Gallery:
     ) -> None:
         draw(self.folder / file)
         content = (self.folder / file).read_bytes()
-        uri = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
-        pixels = int.from_bytes(content[16:20], "big")  # width field of a PNG's header
-        self.pictures.append(Picture(file, title, caption, uri, round(96 * pixels / plots.DPI), table))
+        kind = Path(file).suffix.removeprefix(".")
+        uri = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+        if kind == "gif":
+            width = int.from_bytes(content[6:8], "little")  # width fields of the headers of GIF and PNG
+        else:
+            width = round(96 * int.from_bytes(content[16:20], "big") / plots.DPI)
+        self.pictures.append(Picture(file, title, caption, uri, width, table))
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class Page:
     """What a report says.
 
     result:  the numbers for machines, with the keys schema_version, title, experiment_yaml, data {name, digest, train,
-             test}, environment, mlflow_url and notes, which the page shows; `write_page` adds created, table and
-             pictures.
+             test and, where they are no images, unit}, environment, mlflow_url and notes, which the page shows;
+             `write_page` adds created, table and pictures.
     facts:   the few numbers to be read first, each with what it is.
     heading, table: the main one.
     draw:    adds the pictures.
@@ -128,7 +132,8 @@ def _markdown(result: Mapping[str, Any], page: Page, pictures: Sequence[Picture]
     data = result["data"]
     parts = [
         f"# {_plain(result['title'])}",
-        f"{_date(result)} · {_plain(data['name'])}, {data['train']:,} training and {data['test']:,} test images"
+        f"{_date(result)} · {_plain(data['name'])}, {data['train']:,} training and {data['test']:,} test "
+        + data.get("unit", "images")
         + (f" · [MLflow run](<{result['mlflow_url']}>)" if result["mlflow_url"] else ""),
         " · ".join(f"**{value}** {label}" for value, label in page.facts),
         f"## {page.heading}",

@@ -192,3 +192,63 @@ class DefenceResult(Record):
 
     defended: Defended
     certified: Certified
+
+
+class Cases(Record):
+    """Reference runs on the source grid, for training and for test."""
+
+    store: Path
+    digest: str
+    name: str
+    counts: dict[str, int]
+    frames: int
+    numbers: int
+    """Of one frame's state."""
+    seconds: float
+
+
+class Corrected(Record):
+    """A corrector that a method has trained."""
+
+    method: str
+    seed: int
+    folder: Path
+    history: Path | None
+    weights: Path | None
+    """None: no corrector."""
+    weights_digest: str
+    parameters: int
+    steps: int
+    queries: int
+    """Evaluations of the loss on a batch."""
+    solver_steps: int
+    """Of one simulation each, asked of the solver in training."""
+    diverged: int
+    crashed: int
+    restarts: int
+    seconds: float
+
+
+class RolledOut(Record):
+    """Test cases simulated with a corrector, beside their reference."""
+
+    table: Path
+    """Parquet: case, frame, mae, relative_error, spectrum_error; from a divergence on they are null."""
+    images: Path
+    """Arrow: the image of every frame of the first case."""
+    cases: tuple[str, ...]
+    mae: tuple[float, ...]
+    """By case: the mean absolute error over all frames before a divergence."""
+    relative_error: tuple[float, ...]
+    spectrum_error: tuple[float, ...] | None
+    diverged: int
+    """Cases that do not reach the last frame."""
+    steps_per_second: float
+    seconds: float
+
+
+class LoopResult(Record):
+    """One method with one seed."""
+
+    corrected: Corrected
+    rolled: RolledOut

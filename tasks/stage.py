@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 import deepzero_core
 import infra
+import simulators
 import tasks
 from infra.home import home
 from tasks.progress import concluded, skipped
@@ -123,9 +124,9 @@ _SOURCES = {".py", ".cpp", ".h"}
 
 @functools.cache
 def code_digest() -> str:
-    """Digest of the sources that results depend on: core, infra and tasks."""
+    """Digest of the sources that results depend on: core, infra, simulators and tasks."""
     digest = hashlib.sha256()
-    for package in (deepzero_core, infra, tasks):
+    for package in (deepzero_core, infra, simulators, tasks):
         root = Path(package.__file__ or "").parent
         for path in sorted(path for path in root.rglob("*") if path.suffix in _SOURCES):
             digest.update(f"{root.name}/{path.relative_to(root)}\0".encode())

@@ -62,6 +62,11 @@ _STEP_METRICS = {
     "step_seconds": ("cost/step_seconds", 1.0),
     "predicted_seconds": ("cost/predicted_step_seconds", 1.0),
     "share_of_peak": ("cost/share_of_peak", 1.0),
+    "solver_steps": ("simulator/steps", 1.0),
+    "solver_steps_per_second": ("simulator/steps_per_second", 1.0),
+    "diverged": ("simulator/diverged", 1.0),
+    "crashed": ("simulator/crashed", 1.0),
+    "restarts": ("simulator/restarts", 1.0),
 }
 _EVALUATION_METRICS = {"test_accuracy": ("test/accuracy", 1.0), "test_loss": ("test/loss", 1.0)}
 

@@ -1,0 +1,91 @@
+"""Stage: reference runs, computed once, shared out to Dask workers where there are any, the same bits either way."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect.states import State
+
+from configs.solver_loop import SolverLoop
+from infra.cluster import connect
+from simulators.case_store import write_cases
+from simulators.cases import Case
+from simulators.methods.packing import required
+from tasks.loop_problem import open_simulator, reference_cases
+from tasks.progress import Progress
+from tasks.records import Cases
+from tasks.stage import Stage, Tracking, perform, stage_task
+
+
+@stage_task("generate")
+def generate(tracking: Tracking, loop: SolverLoop) -> State[Cases] | Cases:
+    """Training and test cases of the experiment, resampled to the source grid."""
+    inputs = {"simulator": loop.simulator, "cases": loop.cases}
+    return perform(tracking, "generate", Cases, inputs, lambda stage: _generate(stage, loop))
+
+
+def _generate(stage: Stage, loop: SolverLoop) -> Cases:
+    started = time.perf_counter()
+    numbers = [*loop.cases.train, *loop.cases.test]
+    cluster = loop.cluster
+    with Progress(stage.title, len(numbers)) as progress:
+        if cluster.workers == 0 and cluster.address is None:
+            cases = _on_one_thread(loop, numbers)
+        else:
+            cases = _shared_out(loop, numbers, progress)
+    split = len(loop.cases.train)
+    facts: dict[str, Any] = {
+        "simulator": loop.simulator.model_dump(mode="json"),
+        "cases": loop.cases.model_dump(mode="json"),
+    }
+    store = write_cases(stage.folder / "cases", {"train": cases[:split], "test": cases[split:]}, facts)
+    seconds = time.perf_counter() - started
+    stage.run.artifact(store.path / "manifest.json", "cases")
+    with open_simulator(loop) as simulator:
+        size = required(simulator.state_shapes, simulator.optional).size
+    stage.summarise(cases=len(cases), **{"cost/seconds": seconds})
+    return Cases(
+        store=store.path,
+        digest=store.digest,
+        name=_name(loop),
+        counts={"train": split, "test": len(cases) - split},
+        frames=loop.cases.frames,
+        numbers=size,
+        seconds=seconds,
+    )
+
+
+def _on_one_thread(loop: SolverLoop, numbers: Sequence[float]) -> list[Case]:
+    """As a worker does: sums over several threads are other sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return reference_cases(loop, numbers)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _shared_out(loop: SolverLoop, numbers: Sequence[float], progress: Progress) -> list[Case]:
+    """Each worker gets its part at once: cases that are computed together cost less."""
+    cluster = loop.cluster
+    with connect(cluster.workers, cluster.address, cluster.timeout_s) as client:
+        workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+        each = -(-len(numbers) // workers)
+        parts = [numbers[start : start + each] for start in range(0, len(numbers), each)]
+        futures = [client.submit(_on_one_thread, loop, part, pure=False) for part in parts]
+        cases: list[Case] = []
+        for future in futures:
+            cases += future.result()
+            progress.advance()
+    return cases
+
+
+def _name(loop: SolverLoop) -> str:
+    simulator = loop.simulator
+    if simulator.kind in ("burgers", "wake"):
+        rows, columns = simulator.cells
+        return f"{simulator.kind} {rows}×{columns} of {rows * simulator.factor}×{columns * simulator.factor}"
+    named: Any = simulator.settings.get("function") or simulator.settings["command"]
+    return named if isinstance(named, str) else Path(str(named[0])).name
