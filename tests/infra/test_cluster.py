@@ -169,14 +169,14 @@ def test_a_scheduler_that_dies_is_a_failure_of_the_work(problem: Problem, tmp_pa
     )
     module, batches = problem.build_module().train(), problem.build_batches()
     try:
-        with connect(1, f"tcp://{address}", 60) as client, DistributedCGE(client, problem, timeout_s=5) as source:
+        with connect(1, f"tcp://{address}", 60) as client, DistributedCGE(client, problem, timeout_s=25) as source:
             source.estimate(module, Batch(0, 0, 0, *batches.batch(0, 0)), None)
             scheduler.kill()
             scheduler.wait()
             started = time.monotonic()
             with pytest.raises(WorkError, match=rf"scheduler at tcp://{address} was lost in the middle of a step"):
                 source.estimate(module, Batch(1, 0, 1, *batches.batch(0, 1)), None)
-            assert time.monotonic() - started < 30
+            assert time.monotonic() - started < 60
     finally:
         for process in (worker, scheduler):
             process.kill()
