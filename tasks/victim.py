@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from configs.defence import Defence
 from deepzero_core.data import BatchSource, ImageStore, Split, to_tensor
+from deepzero_core.errors import RequestError
 from deepzero_core.oracle import Metered, logits
 from deepzero_core.smoothing import label_table
 from deepzero_core.training import FirstOrderSource, Schedule, Trainer, TrainingSettings
@@ -49,8 +50,8 @@ def _examine(stage: Stage, defence: Defence, prepared: Prepared) -> Victim:
     store = ImageStore.open(prepared.store)
     train, test = (limited(store.split(name), limit) for name, limit in _limits(defence).items())
     with open_victim(described) as box:
+        accuracy = _accuracy(box, test, len(prepared.class_names))
         labels = label_table(lambda images: logits(box, images), train)
-        accuracy = _accuracy(box, test)
         asked = box.statistics
     path = stage.folder / "labels.npy"
     np.save(path, labels.numpy())
@@ -128,9 +129,16 @@ def _limits(defence: Defence) -> dict[str, int | None]:
     return {"train": defence.data.train_limit, "test": defence.data.test_limit}
 
 
-def _accuracy(box: Metered, split: Split) -> float:
+def _accuracy(box: Metered, split: Split, classes: int) -> float:
+    """On a split. RequestError: it knows another number of classes than the data."""
     right = 0
     for start in range(0, len(split), _AT_ONCE):
-        answers: Tensor = logits(box, to_tensor(split.images[start : start + _AT_ONCE])).argmax(1)
-        right += int((answers == torch.from_numpy(split.labels[start : start + _AT_ONCE].copy())).sum())
+        scores: Tensor = logits(box, to_tensor(split.images[start : start + _AT_ONCE]))
+        if scores.shape[1] != classes:
+            raise RequestError(
+                f"the classifier {box.name} answers {scores.shape[1]} classes, but the data has {classes}: "
+                "labels and answers have to mean the same"
+            )
+        truth = torch.from_numpy(split.labels[start : start + _AT_ONCE].copy())
+        right += int((scores.argmax(1) == truth).sum())
     return right / len(split)

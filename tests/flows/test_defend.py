@@ -129,6 +129,9 @@ def answer(images):
 
 def nonsense(images):
     return np.full((len(images), 10), 0.3)
+
+def three(images):
+    return np.full((len(images), 3), 1 / 3)
 """
 
 
@@ -162,11 +165,17 @@ def test_a_budget_that_is_used_up_stops_the_run_and_a_larger_one_goes_on(new_hom
     assert home.record("defend")["weights_digest"] == whole.record("defend")["weights_digest"]
 
 
-def test_a_classifier_that_answers_nonsense_is_one_sentence(new_home: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [("nonsense", "probabilities .* sum"), ("three", "answers 3 classes, but the data has 10")],
+)
+def test_a_classifier_that_answers_nonsense_is_one_sentence(
+    new_home: Any, tmp_path: Path, function: str, words: str
+) -> None:
     home = new_home("nonsense")
     home.environment["PYTHONPATH"] = str(tmp_path)
-    refused = home.run(*own(tmp_path, "nonsense", 1_000_000))
+    refused = home.run(*own(tmp_path, function, 1_000_000))
     assert refused.returncode == 2
     (sentence,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
-    assert "probabilities" in sentence and "sum" in sentence
+    assert re.search(words, sentence)
     assert "Traceback" not in refused.stderr
