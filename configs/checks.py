@@ -166,12 +166,29 @@ def _training(experiment: "Experiment") -> Iterator[Problem]:
         yield f"training.optimizer.{key}", reason
 
 
-def _baselines(experiment: "Experiment") -> Iterator[Problem]:
+def baselines(experiment: Any) -> Iterator[Problem]:
+    """Of the methods to compare `training.method` with."""
     for index, method in enumerate(experiment.baselines):
         if method in experiment.baselines[:index]:
             yield f"baselines.{index}", f"{method!r} stands there twice"
         elif method == experiment.training.method:
             yield f"baselines.{index}", f"{method!r} is what is trained already (training.method)"
+
+
+def comparison(experiment: Any) -> Iterator[Problem]:
+    """Of several methods with several seeds, each zeroth-order one within the same queries."""
+    training = experiment.training
+    yield from baselines(experiment)
+    for method in training.lr:
+        if method not in experiment.methods:
+            yield f"training.lr.{method}", "this method is not trained (training.method, baselines)"
+    if len(set(experiment.seeds)) < len(experiment.seeds):
+        yield "seeds", "a seed stands there twice"
+    if training.queries < 2:
+        yield "training.queries", "a step needs at least 2 queries: the loss as it is, and moved"
+    optimizer = training.optimizer
+    for key, reason in optimizers.problems(optimizer.name, optimizer.lr, optimizer.arguments):
+        yield f"training.optimizer.{key}", reason
 
 
 def certification(experiment: Any) -> Iterator[Problem]:
@@ -213,7 +230,7 @@ _CHECKS: tuple[Callable[["Experiment"], Iterator[Problem]], ...] = (
     _model,
     _pruning,
     _training,
-    _baselines,
+    baselines,
     certification,
     cluster,
 )

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from configs.schema import (
     MAX_SEED,
     Arguments,
+    BudgetPruningConfig,
     CertificationConfig,
     ClusterConfig,
     Count,
@@ -79,15 +80,9 @@ class PretrainingConfig(Section):
     """Peak learning rate of Adam."""
 
 
-class DenoiserPruningConfig(Section):
-    method: Literal["zo-grasp", "uniform"] = "zo-grasp"
-    """What decides how the queries of a step are shared out among the layers; uniform: by size."""
-    queries: Count = 192
-    """Random directions per estimate of ZO-GraSP."""
+class DenoiserPruningConfig(BudgetPruningConfig):
     examples: Count = 250
     """Training images that the scores are computed on."""
-    mu: Positive = 5e-3
-    """Smoothing parameter μ of ZO-GraSP."""
     redraw_epochs: Count = 1
     """A new mask is drawn every so many epochs."""
 

@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from configs import optimizers
-from configs.checks import Problem, certification, cluster, data_set, network
+from configs.checks import Problem, certification, cluster, comparison, data_set, network
 from configs.defence import WHITE_BOX, VictimConfig
 from configs.facts import BLACK_BOXES
 from deepzero_core.errors import suggest
@@ -54,18 +53,6 @@ def _methods(defence: "Defence") -> Iterator[Problem]:
     for key, method in [*own, *((f"baselines.{i}", method) for i, method in enumerate(defence.baselines))]:
         if method == "fo-ds" and defence.victim.kind not in WHITE_BOX:
             yield key, f"'fo-ds' differentiates the classifier, and one of kind {defence.victim.kind!r} is a black box"
-    for index, method in enumerate(defence.baselines):
-        if method in defence.baselines[:index]:
-            yield f"baselines.{index}", f"{method!r} stands there twice"
-        elif method == defence.training.method:
-            yield f"baselines.{index}", f"{method!r} is what is trained already (training.method)"
-    for method in defence.training.lr:
-        if method not in defence.methods:
-            yield f"training.lr.{method}", "this method is not trained (training.method, baselines)"
-    if len(set(defence.seeds)) < len(defence.seeds):
-        yield "seeds", "a seed stands there twice"
-    if defence.training.queries < 2:
-        yield "training.queries", "a step needs at least 2 queries: the loss as it is, and moved"
 
 
 def _images(defence: "Defence") -> Iterator[Problem]:
@@ -80,18 +67,12 @@ def _images(defence: "Defence") -> Iterator[Problem]:
         yield "denoiser.arguments", f"{defence.denoiser.name!r} takes none; they are for your own callable"
 
 
-def _optimizer(defence: "Defence") -> Iterator[Problem]:
-    optimizer = defence.training.optimizer
-    for key, reason in optimizers.problems(optimizer.name, optimizer.lr, optimizer.arguments):
-        yield f"training.optimizer.{key}", reason
-
-
 CHECKS: tuple[Callable[["Defence"], Iterator[Problem]], ...] = (
     data_set,
     _victim,
     _methods,
     _images,
-    _optimizer,
+    comparison,
     certification,
     cluster,
 )

@@ -119,6 +119,15 @@ class PruningConfig(Section):
     """A new mask is drawn every so many epochs."""
 
 
+class BudgetPruningConfig(Section):
+    method: Literal["zo-grasp", "uniform"] = "zo-grasp"
+    """What decides how the queries of a step are shared out among the layers; uniform: by size."""
+    queries: Count = 192
+    """Random directions per estimate of ZO-GraSP."""
+    mu: Positive = 5e-3
+    """Smoothing parameter μ of ZO-GraSP."""
+
+
 class EstimatorConfig(Section):
     mu: Positive = 5e-3
     """Smoothing parameter μ, the finite-difference step."""

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from configs.schema import (
     MAX_SEED,
     Arguments,
+    BudgetPruningConfig,
     ClusterConfig,
     Count,
     Flag,
@@ -81,15 +82,9 @@ class LoopPretrainingConfig(Section):
     """Peak learning rate of Adam."""
 
 
-class LoopPruningConfig(Section):
-    method: Literal["zo-grasp", "uniform"] = "zo-grasp"
-    """What decides how the queries of a step are shared out among the layers; uniform: by size."""
-    queries: Count = 192
-    """Random directions per estimate of ZO-GraSP."""
+class LoopPruningConfig(BudgetPruningConfig):
     examples: Count = 32
     """Training windows that the scores are computed on."""
-    mu: Positive = 5e-3
-    """Smoothing parameter μ of ZO-GraSP."""
     redraw_steps: Count = 10
     """A new mask is drawn every so many steps."""
 

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from configs import optimizers
-from configs.checks import CALLABLE, Problem, cluster
+from configs.checks import CALLABLE, Problem, cluster, comparison
 from configs.facts import CORRECTORS, LOWEST_REYNOLDS, SIMULATORS
 from configs.solver_loop import ASKING, PHIFLOW, SimulatorConfig
 from deepzero_core.errors import suggest
@@ -97,25 +96,13 @@ def _corrector(loop: "SolverLoop") -> Iterator[Problem]:
 
 def _methods(loop: "SolverLoop") -> Iterator[Problem]:
     training = loop.training
-    for index, method in enumerate(loop.baselines):
-        if method in loop.baselines[:index]:
-            yield f"baselines.{index}", f"{method!r} stands there twice"
-        elif method == training.method:
-            yield f"baselines.{index}", f"{method!r} is what is trained already (training.method)"
     own = [("training.method", training.method)]
     for key, method in [*own, *((f"baselines.{i}", method) for i, method in enumerate(loop.baselines))]:
         if method == "sol-fo" and loop.simulator.kind == "external":
             yield key, "'sol-fo' differentiates the solver, and a program cannot be differentiated"
-    for method in training.lr:
-        if method not in loop.methods:
-            yield f"training.lr.{method}", "this method is not trained (training.method, baselines)"
     for method in training.mu:
         if method not in ASKING:
             yield f"training.mu.{method}", f"only {' and '.join(ASKING)} have finite differences"
-    if len(set(loop.seeds)) < len(loop.seeds):
-        yield "seeds", "a seed stands there twice"
-    if training.queries < 2:
-        yield "training.queries", "a step needs at least 2 queries: the loss as it is, and moved"
 
 
 def _training(loop: "SolverLoop") -> Iterator[Problem]:
@@ -123,9 +110,6 @@ def _training(loop: "SolverLoop") -> Iterator[Problem]:
     before = sum(stage.steps for stage in training.curriculum)
     if before >= training.steps:
         yield "training.curriculum", f"it takes {before} of {training.steps} steps and leaves none for training.unroll"
-    optimizer = training.optimizer
-    for key, reason in optimizers.problems(optimizer.name, optimizer.lr, optimizer.arguments):
-        yield f"training.optimizer.{key}", reason
 
 
 def _is_callable(name: str | None) -> bool:
@@ -138,5 +122,6 @@ CHECKS: tuple[Callable[["SolverLoop"], Iterator[Problem]], ...] = (
     _corrector,
     _methods,
     _training,
+    comparison,
     cluster,
 )

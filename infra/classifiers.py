@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deepzero_core.errors import RequestError
-from deepzero_core.models import Normalised, build_denoiser, build_model
+from deepzero_core.models import build_denoiser
 from deepzero_core.oracle import logits
 from deepzero_core.smoothing import Inference
 from infra.victims import open_victim, trained_network
@@ -55,9 +55,7 @@ def trained(
     example: Tensor, *, model: Mapping[str, Any], weights: str, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Inference:
     """A network of `build_model` with weights from a file, for images in [0, 1]: σ is in their units."""
-    module = build_model(**model)
-    module.load_state_dict(torch.load(Path(weights), weights_only=True))
-    return Inference(Normalised(module, mean, std), example)
+    return Inference(trained_network({"model": model, "weights": weights, "mean": mean, "std": std}), example)
 
 
 def defended(

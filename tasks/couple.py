@@ -11,7 +11,7 @@ from torch import nn
 from configs.solver_loop import LoopMethod, SolverLoop
 from deepzero_core.errors import WorkError
 from deepzero_core.perturb.black_box import BlackBox
-from deepzero_core.sparsity import budget_ratios, draw_masks, zo_grasp_scores
+from deepzero_core.sparsity import zo_grasp_scores
 from deepzero_core.training import GradientSource, Schedule, StepRecord, Trainer, TrainingSettings
 from deepzero_core.training.sources import step_generator
 from simulators import methods
@@ -21,6 +21,7 @@ from tasks.history import read
 from tasks.loop import Loop
 from tasks.loop_problem import Setting, open_simulator
 from tasks.records import Cases, Corrected, Shares
+from tasks.shares import shares_of
 from tasks.stage import Stage, Tracking, perform, stage_task
 from tasks.train import digest
 
@@ -98,16 +99,8 @@ def _share_out(stage: Stage, loop: SolverLoop, cases: Cases, seed: int, before: 
             )
             scores = {name.removeprefix("corrector."): value for name, value in found.items()}
             queries = 2 * (1 + pruning.queries)
-    ratios = budget_ratios(scores, corrector, loop.training.queries)
-    coordinates = sum(int(mask.sum()) for mask in draw_masks(ratios, corrector, step_generator(seed)).values())
-    seconds = time.perf_counter() - started
-    stage.summarise(
-        **{f"ratio/{name}": ratio for name, ratio in ratios.items()},
-        coordinates=coordinates,
-        queries=queries,
-        seconds=seconds,
-    )
-    return Shares(ratios=ratios, coordinates=coordinates, queries=queries, seconds=seconds)
+    budget = loop.training.queries
+    return shares_of(stage, scores, corrector, budget, seed=seed, queries=queries, started=started)
 
 
 @stage_task("couple")

@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tasks.plots import certified_steps, legend_below, line_style, new_figure, read_history, smooth
+from tasks.plots import certified_steps, legend_below, line_style, new_figure
 from tasks.records import DefenceResult
 
 DEFENCE_NAMES = {
@@ -54,21 +54,6 @@ def _at(radii: NDArray[np.float64], shares: NDArray[np.float64], grid: NDArray[n
     """The step function "share with a certified radius of at least r" on a grid."""
     where = np.searchsorted(radii, grid, side="left")
     return np.append(shares, 0.0)[where]
-
-
-def losses(results: Grouped, path: Path) -> None:
-    """Stability loss in training, smoothed, against the images that the classifier was asked about: first seeds."""
-    with new_figure(path, (7.6, 4.4)) as figure:
-        axes = figure.subplots()
-        for index, (method, several) in enumerate(results.items()):
-            history = several[0].defended.history
-            if history is None:
-                continue
-            curves = read_history(history)
-            width = max(1, len(curves.steps) // 20) | 1
-            axes.plot(curves.steps, smooth(curves.loss, width), label=DEFENCE_NAMES[method], **line_style(index))
-        axes.set(title="Stability loss of the batch", xlabel="step", ylabel="cross-entropy (nats)")
-        legend_below(figure, axes, columns=3)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from prefect import task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 import configs
 from configs.defence import Defence
@@ -16,11 +15,13 @@ from infra.classifiers import purifier_of
 from infra.home import home
 from infra.victims import open_victim
 from tasks.defence_plots import DEFENCE_NAMES, Row, noisy_images
-from tasks.defence_report import by_method, write_defence_report
+from tasks.defence_report import write_defence_report
 from tasks.environment import environment
+from tasks.present import present
 from tasks.problem import limited
 from tasks.progress import concluded
 from tasks.records import DefenceResult, Prepared, Reported, Victim
+from tasks.seeds import by_method
 from tasks.stage import Tracking
 from tasks.tracking import Run, run_url
 from tasks.tracking_defended import log_defended
@@ -56,14 +57,15 @@ def report_defence(
         mlflow_url=url,
         notes=notes,
     )
-    run.artifact(reported.folder, "report")
-    run.dataset(prepared.name, prepared.digest, prepared.counts)
-    markdown = reported.markdown.read_text(encoding="utf-8")
-    run.tags({"mlflow.note.content": markdown.partition("\n## Certified accuracy by radius")[0]})
-    run.metrics(_summary(results, victim), step=0)
-    run.flush()
-    create_link_artifact(url, key="mlflow-run", link_text="MLflow run", description="Metrics, artifacts and the model")
-    create_markdown_artifact(markdown, key="report", description=defence.name)
+    present(
+        run,
+        reported,
+        title=defence.name,
+        url=url,
+        data=(prepared.name, prepared.digest, prepared.counts),
+        summary=_summary(results, victim),
+        head_ends_at="Certified accuracy by radius",
+    )
     concluded("report", time.monotonic() - started)
     return reported
 

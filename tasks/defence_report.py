@@ -10,8 +10,10 @@ from deepzero_core.errors import WorkError
 from tasks import defence_plots
 from tasks.defence_plots import DEFENCE_NAMES, Grouped, Row
 from tasks.page import Gallery, Page, Table, write_page
+from tasks.plots import losses
 from tasks.records import DefenceResult, Prepared, Reported, Victim
 from tasks.report import SCHEMA_VERSION, data_of, duration
+from tasks.seeds import by_method, spread
 
 ORDER = ("none", "zo-ae-ds", "deepzero", "fo-ds")
 """From the least to the most certified accuracy, as the paper found it."""
@@ -103,22 +105,14 @@ def write_defence_report(
     return write_page(folder, page)
 
 
-def by_method(results: Sequence[DefenceResult]) -> Grouped:
-    """The results of all seeds under their method, in the order they came in."""
-    grouped: dict[str, list[DefenceResult]] = {}
-    for result in results:
-        grouped.setdefault(result.defended.method, []).append(result)
-    return grouped
-
-
 def defence_table(grouped: Grouped, queries_per_step: int) -> Table:
     """Mean ± standard deviation over the seeds, one row per method."""
     radii = sorted(next(iter(grouped.values()))[0].certified.accuracy_at)
     rows = tuple(
         (
             DEFENCE_NAMES[method],
-            *(_spread([100 * r.certified.accuracy_at[radius] for r in several], 1) for radius in radii),
-            _spread([r.certified.average_radius for r in several], 2),
+            *(spread([100 * r.certified.accuracy_at[radius] for r in several], 1) for radius in radii),
+            spread([r.certified.average_radius for r in several], 2),
             f"{round(statistics.mean(r.defended.queries for r in several)):,}",
             duration(statistics.mean(r.defended.seconds for r in several)),
         )
@@ -145,16 +139,10 @@ def out_of_order(grouped: Grouped) -> list[str]:
             if gain < 0 or (gain == 0 and lower == "none"):
                 names = DEFENCE_NAMES[upper], DEFENCE_NAMES[lower]
                 found.append(
-                    f"At radius {radius:g} {names[0]} ({_spread(high, 1)} %) is not above {names[1]} "
-                    f"({_spread(low, 1)} %)."
+                    f"At radius {radius:g} {names[0]} ({spread(high, 1)} %) is not above {names[1]} "
+                    f"({spread(low, 1)} %)."
                 )
     return found
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    """72.0, or 72.0±1.3."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean}±{statistics.stdev(values):.{digits}f}"
 
 
 def _facts(grouped: Grouped, victim: Victim) -> list[tuple[str, str]]:
@@ -206,7 +194,14 @@ def _draw(gallery: Gallery, grouped: Grouped, price: float | None, rows: Sequenc
             "Training",
             "Cross-entropy of the classifier's answers to denoised images against its answers to the images as they "
             "are, a moving average; the first seed.",
-            lambda path: defence_plots.losses(grouped, path),
+            lambda path: losses(
+                {DEFENCE_NAMES[method]: several[0].defended.history for method, several in grouped.items()},
+                path,
+                title="Stability loss of the batch",
+                unit="cross-entropy (nats)",
+                columns=3,
+                height=4.4,
+            ),
             _costs(grouped, price),
         )
 

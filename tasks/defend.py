@@ -23,7 +23,6 @@ from deepzero_core.smoothing.methods import (
     denoiser_and_encoder,
     denoiser_scores,
 )
-from deepzero_core.sparsity import budget_ratios, draw_masks
 from deepzero_core.training import GradientSource, Schedule, Trainer, TrainingSettings
 from deepzero_core.training.sources import step_generator
 from infra.classifiers import purifying
@@ -32,6 +31,7 @@ from tasks.loop import Loop
 from tasks.pretrain import image_batches
 from tasks.problem import limited, network_of
 from tasks.records import Defended, Prepared, Pretrained, Shares, Victim
+from tasks.shares import shares_of
 from tasks.stage import Stage, Tracking, perform, stage_task
 from tasks.train import digest
 from tasks.victim import victim_of
@@ -89,16 +89,8 @@ def _share_out(
                 generator=step_generator(seed, _SCORES),
             )
         queries = 2 * (1 + pruning.queries)
-    ratios = budget_ratios(scores, module, defence.training.queries)
-    coordinates = sum(int(mask.sum()) for mask in draw_masks(ratios, module, step_generator(seed)).values())
-    seconds = time.perf_counter() - started
-    stage.summarise(
-        **{f"ratio/{name}": ratio for name, ratio in ratios.items()},
-        coordinates=coordinates,
-        queries=queries,
-        seconds=seconds,
-    )
-    return Shares(ratios=ratios, coordinates=coordinates, queries=queries, seconds=seconds)
+    budget = defence.training.queries
+    return shares_of(stage, scores, module, budget, seed=seed, queries=queries, started=started)
 
 
 @stage_task("defend")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tasks.plots import legend_below, line_style, new_figure, read_history, smooth
+from tasks.plots import legend_below, line_style, new_figure
 from tasks.records import LoopResult
 from tasks.roll_out import read_images
 
@@ -101,21 +101,6 @@ def bars(results: Grouped, published: Mapping[str, tuple[float, float]], path: P
         axes.set(title="Error over that of the solver alone" if "src" in ours else "Error", ylabel="MAE / MAE of SRC")
         axes.grid(False, axis="x")
         legend_below(figure, axes, columns=2)
-
-
-def training(results: Grouped, path: Path) -> None:
-    """Loss of the batch, smoothed, of the first seed."""
-    with new_figure(path, (7.6, 4.0)) as figure:
-        axes = figure.subplots()
-        for index, (method, several) in enumerate(results.items()):
-            history = several[0].corrected.history
-            if history is None:
-                continue
-            curves = read_history(history)
-            width = max(1, len(curves.steps) // 20) | 1
-            axes.plot(curves.steps, smooth(curves.loss, width), label=LOOP_NAMES[method], **line_style(index))
-        axes.set(title="Loss in training", xlabel="step", ylabel="½ Σ error² in variances", yscale="log")
-        legend_below(figure, axes, columns=5)
 
 
 def animation(results: Grouped, reference: Tensor, path: Path) -> None:

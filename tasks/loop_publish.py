@@ -4,7 +4,6 @@ import statistics
 import time
 
 from prefect import task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 import configs
 from configs.solver_loop import SolverLoop
@@ -13,10 +12,12 @@ from infra.home import home
 from tasks.couple import corrector_after
 from tasks.environment import environment
 from tasks.loop_problem import Setting, open_simulator
-from tasks.loop_report import by_method, errors, share_of_the_way, write_loop_report
+from tasks.loop_report import errors, share_of_the_way, write_loop_report
+from tasks.present import present
 from tasks.progress import concluded
 from tasks.records import Cases, LoopResult, Reported
 from tasks.roll_out import reference_images
+from tasks.seeds import by_method
 from tasks.stage import Tracking
 from tasks.tracking import Run, run_url
 
@@ -51,14 +52,15 @@ def report_loop(tracking: Tracking, loop: SolverLoop, cases: Cases, results: lis
         mlflow_url=url,
         notes=notes,
     )
-    run.artifact(reported.folder, "report")
-    run.dataset(cases.name, cases.digest, cases.counts)
-    markdown = reported.markdown.read_text(encoding="utf-8")
-    run.tags({"mlflow.note.content": markdown.partition("\n## Fields")[0]})
-    run.metrics(_summary(results), step=0)
-    run.flush()
-    create_link_artifact(url, key="mlflow-run", link_text="MLflow run", description="Metrics, artifacts and the model")
-    create_markdown_artifact(markdown, key="report", description=loop.name)
+    present(
+        run,
+        reported,
+        title=loop.name,
+        url=url,
+        data=(cases.name, cases.digest, cases.counts),
+        summary=_summary(results),
+        head_ends_at="Fields",
+    )
     concluded("report", time.monotonic() - started)
     return reported
 

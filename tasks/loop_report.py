@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from deepzero_core.errors import WorkError
-from tasks import loop_plots
+from tasks import loop_plots, plots
 from tasks.loop_plots import LOOP_NAMES, Grouped
 from tasks.page import Gallery, Page, Table, write_page
 from tasks.records import Cases, LoopResult, Reported
 from tasks.report import SCHEMA_VERSION, duration
+from tasks.seeds import by_method, spread
 
 ORDER = ("src", "non", "sol-zo", "sol-fo")
 """From the largest to the smallest error, as the paper found it."""
@@ -85,14 +86,6 @@ def write_loop_report(
     return write_page(folder, page)
 
 
-def by_method(results: Sequence[LoopResult]) -> Grouped:
-    """The results of all seeds under their method, in the order they came in."""
-    grouped: dict[str, list[LoopResult]] = {}
-    for result in results:
-        grouped.setdefault(result.corrected.method, []).append(result)
-    return grouped
-
-
 def errors(several: Sequence[LoopResult]) -> list[float]:
     """By seed: the mean over the test cases of the mean absolute error over time."""
     return [statistics.mean(result.rolled.mae) for result in several]
@@ -117,10 +110,10 @@ def loop_table(grouped: Grouped, queries_per_step: int) -> Table:
         rows.append(
             (
                 LOOP_NAMES[method],
-                _spread(errors(several), 4),
-                _spread([100 * statistics.mean(r.rolled.relative_error) for r in several], 1),
-                _spread(spectra, 2) if spectra else "–",
-                _spread([100 * share for share in shares], 0) + " %" if shares else "–",
+                spread(errors(several), 4),
+                spread([100 * statistics.mean(r.rolled.relative_error) for r in several], 1),
+                spread(spectra, 2) if spectra else "–",
+                spread([100 * share for share in shares], 0) + " %" if shares else "–",
                 f"{round(statistics.mean(r.corrected.queries for r in several)):,}",
                 f"{round(statistics.mean(r.corrected.solver_steps for r in several)):,}",
                 duration(statistics.mean(r.corrected.seconds for r in several)),
@@ -148,7 +141,7 @@ def out_of_order(grouped: Grouped) -> list[str]:
         if not (gain > 0 or (allowed and gain == 0)):  # not finite: an error without bound
             names = LOOP_NAMES[better], LOOP_NAMES[worse]
             found.append(
-                f"The error of {names[0]} ({_spread(low, 4)}) is not below that of {names[1]} ({_spread(high, 4)})."
+                f"The error of {names[0]} ({spread(low, 4)}) is not below that of {names[1]} ({spread(high, 4)})."
             )
     return found
 
@@ -168,13 +161,6 @@ def losses(grouped: Grouped) -> list[str]:
         if said:
             found.append(f"{LOOP_NAMES[method]}: {said}.")
     return found
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    """72.0, or 72.0±1.3."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    spread = len(values) > 1 and all(value < float("inf") for value in values)
-    return f"{mean}±{statistics.stdev(values):.{digits}f}" if spread else mean
 
 
 def _facts(grouped: Grouped) -> list[tuple[str, str]]:
@@ -240,7 +226,15 @@ def _draw(gallery: Gallery, grouped: Grouped, reference: Tensor, animated: bool)
             "training-loss.png",
             "Training",
             "Loss of the batch, a moving average; the first seed. Loops of different length have different losses.",
-            lambda path: loop_plots.training(grouped, path),
+            lambda path: plots.losses(
+                {LOOP_NAMES[method]: several[0].corrected.history for method, several in grouped.items()},
+                path,
+                title="Loss in training",
+                unit="½ Σ error² in variances",
+                columns=5,
+                height=4.0,
+                logarithmic=True,
+            ),
         )
     if animated and reference.ndim == 4:
         gallery.add(
@@ -258,6 +252,6 @@ def _published(grouped: Grouped) -> Table:
         here = "–"
         if method in grouped:
             each = [error for result in grouped[method] for error in result.rolled.mae]
-            here = _spread(each, 3)
+            here = spread(each, 3)
         rows.append((LOOP_NAMES[method], here, f"{mean:.3f}±{deviation:.3f}"))
     return Table(("mean absolute error", "here", "paper, wake flow"), tuple(rows))

@@ -4,7 +4,7 @@ Colours are those of Okabe and Ito (2008), which people with any colour vision c
 well. Figures are made without pyplot: no global state, no display, any thread.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +143,28 @@ def learning_curves(results: Sequence[MethodResult], path: Path) -> None:
         left.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         _percent(right)
         legend_below(figure, left, columns=2 if len(results) > 3 else max(1, len(results)))
+
+
+def losses(
+    histories: Mapping[str, Path | None],
+    path: Path,
+    *,
+    title: str,
+    unit: str,
+    columns: int,
+    height: float,
+    logarithmic: bool = False,
+) -> None:
+    """Loss of the batch in training, smoothed, against steps: a line per method by its name; None: no history."""
+    with new_figure(path, (7.6, height)) as figure:
+        axes = figure.subplots()
+        for index, (name, history) in enumerate(histories.items()):
+            if history is not None:
+                curves = read_history(history)
+                width = max(1, len(curves.steps) // 20) | 1
+                axes.plot(curves.steps, smooth(curves.loss, width), label=name, **line_style(index))
+        axes.set(title=title, xlabel="step", ylabel=unit, yscale="log" if logarithmic else "linear")
+        legend_below(figure, axes, columns=columns)
 
 
 def layer_ratios(pruned: Pruned, path: Path) -> None:

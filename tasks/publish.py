@@ -4,7 +4,6 @@ import time
 
 import torch
 from prefect import task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 import configs
 from configs.schema import Experiment
@@ -14,6 +13,7 @@ from deepzero_core.models import Normalised
 from infra.home import home
 from tasks.environment import environment
 from tasks.evaluate import trained_module
+from tasks.present import present
 from tasks.progress import concluded
 from tasks.records import Certified, MethodResult, Prepared, Pruned, Reported
 from tasks.report import write_report
@@ -51,20 +51,17 @@ def report(
         mlflow_url=url,
         notes=notes,
     )
-    run.artifact(reported.folder, "report")
-    run.dataset(prepared.name, prepared.digest, prepared.counts)
-    run.tags({"mlflow.note.content": _headline(reported)})
-    run.metrics(_summary(results, certified), step=0)
-    run.flush()
-    create_link_artifact(url, key="mlflow-run", link_text="MLflow run", description="Metrics, artifacts and the model")
-    create_markdown_artifact(reported.markdown.read_text(encoding="utf-8"), key="report", description=experiment.name)
+    present(
+        run,
+        reported,
+        title=experiment.name,
+        url=url,
+        data=(prepared.name, prepared.digest, prepared.counts),
+        summary=_summary(results, certified),
+        head_ends_at="Learning curves",
+    )
     concluded("report", time.monotonic() - started)
     return reported
-
-
-def _headline(reported: Reported) -> str:
-    """Title and numbers: the Markdown report up to its first picture."""
-    return reported.markdown.read_text(encoding="utf-8").partition("\n## Learning curves")[0]
 
 
 def _deployable(experiment: Experiment, prepared: Prepared, result: MethodResult) -> tuple[Normalised, torch.Tensor]:

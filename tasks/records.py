@@ -193,6 +193,10 @@ class DefenceResult(Record):
     defended: Defended
     certified: Certified
 
+    @property
+    def method(self) -> str:
+        return self.defended.method
+
 
 class Cases(Record):
     """Reference runs on the source grid, for training and for test."""
@@ -252,3 +256,7 @@ class LoopResult(Record):
 
     corrected: Corrected
     rolled: RolledOut
+
+    @property
+    def method(self) -> str:
+        return self.corrected.method
