@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from tasks.tracking import Run, initialise, tracking_uri
 
 
+def _path() -> str:
+    """MLflow looks for uvicorn on the path, where an environment that is not activated has none."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
 class Serving:
     """`mlflow models serve` of a model on a port of its own; it can die and come back."""
 
@@ -39,7 +44,7 @@ class Serving:
         with (self._folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", *command.split(), str(self._port)],
-                env={**os.environ, "MLFLOW_TRACKING_URI": self._store},
+                env={**os.environ, "MLFLOW_TRACKING_URI": self._store, "PATH": _path()},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
