@@ -43,8 +43,8 @@ def _integral(value: Any) -> Any:
     return value
 
 
-# The bounds stand on the number itself: behind a validator pydantic checks them as well, but leaves them out of the JSON
-# schema, by which Prefect's form refuses a wrong value before anything runs.
+# The bounds stand on the number itself: behind a validator pydantic checks them as well, but leaves them out of the
+# JSON schema, by which Prefect's form refuses a wrong value before anything runs.
 Count = Annotated[int, Field(strict=True, ge=1, le=2**63 - 1), BeforeValidator(_integral)]
 Natural = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1), BeforeValidator(_integral)]
 Seed = Natural

@@ -1,5 +1,6 @@
 """What every flow run has around its stages: a parent run in MLflow with the configuration it came from."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,12 +13,16 @@ from tasks.environment import environment
 from tasks.stage import Tracking
 from tasks.tracking import Run, initialise
 
+_PACKAGES = ("infra", "tasks", "simulators", "deepzero_core")
 _above: ContextVar[str | None] = ContextVar("_above", default=None)
 
 
 @contextmanager
 def recorded(flow_name: str, experiment: Section) -> Iterator[Tracking]:
     """Open the flow run's parent run; it ends FINISHED, FAILED or KILLED with the flow."""
+    for package in _PACKAGES:
+        # Prefect keeps their lines with the run; without a level of their own only warnings would get that far.
+        logging.getLogger(package).setLevel(logging.INFO)
     experiment_id = initialise(experiment.name)
     flow_run = get_run_context().flow_run
     tags = {"deepzero.flow": flow_name, "deepzero.flow_run": str(flow_run.id), **environment()}

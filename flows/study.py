@@ -21,7 +21,7 @@ _log = logging.getLogger("tasks.study")
 
 @flow(name="study", flow_run_name="{experiment.name}")
 def study(experiment: Study) -> Reported:
-    """Run the flow for every point and seed, one after the other, and report; what was done before is not done again."""
+    """Run the flow for every point and seed, one after the other, and report; what is done is not done again."""
     with recorded("study", experiment) as tracking:
         outcomes = [outcome_of(tracking, experiment, point) for point in experiment.points()]
         return report_study(tracking, experiment, outcomes)

@@ -1,6 +1,5 @@
 """Following a flow run that a worker executes: its states and what its stages say, to the end."""
 
-import logging
 import re
 import time
 from datetime import UTC, datetime, timedelta
@@ -24,7 +23,7 @@ _PATIENCE_S = 120.0
 _LATE_S = 2.0
 _DISORDER = timedelta(seconds=30)
 _PAGE = 200
-# What Prefect says of its own machinery is for Prefect's pages.
+# What Prefect says of its own machinery is for its pages; what ends a run badly stands in its last state.
 _OURS = ("infra", "tasks", "simulators", "deepzero_core")
 
 
@@ -45,7 +44,10 @@ def follow(console: Console, client: "SyncPrefectClient", run_id: UUID, json_fil
         return CANCELLED
     assert run.state is not None
     if run.state.is_cancelled():
-        console.print("the run was cancelled; triggered again, the same configuration goes on from its last checkpoint")
+        console.print(
+            "the run was cancelled; triggered again, the same configuration goes on from its last checkpoint",
+            soft_wrap=True,
+        )
         return CANCELLED
     if not run.state.is_completed():
         return REFUSED if _REFUSED.search(run.state.message or "") else FAILED
@@ -136,7 +138,5 @@ class _Lines:
             self._shown.add(log.id)
             # A task's lines may come in later than those of its flow that are younger.
             self._since = max(self._since, log.timestamp - _DISORDER)
-            ours = log.name.partition(".")[0] in _OURS
-            if ours or log.level >= logging.WARNING:
-                text = log.message.rstrip() if ours else log.message.strip().partition("\n")[0]
-                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            if log.name.partition(".")[0] in _OURS:
+                self._console.print(log.message.rstrip(), highlight=False, markup=False, soft_wrap=True)
