@@ -94,7 +94,9 @@ class DefenceTrainingConfig(Section):
     steps: Count = 500
     """Training steps."""
     optimizer: OptimizerConfig = OptimizerConfig(name="Adam", lr=1e-3)
+    """What makes a step of a gradient."""
     schedule: ScheduleConfig = ScheduleConfig(warmup_epochs=0)
+    """The learning rate over time."""
     lr: dict[DefenceMethod, Positive] = Field(default_factory=dict)
     """Peak learning rates of single methods, where they are not the optimizer's."""
     reconstruction: Annotated[Real, Field(ge=0)] = 0.0

@@ -110,7 +110,9 @@ class LoopTrainingConfig(Section):
     queries: Count = 1024
     """Evaluations of the loss that every zeroth-order method may spend per step, the same for all."""
     optimizer: OptimizerConfig = OptimizerConfig(name="Adam", lr=1e-4)
+    """What makes a step of a gradient."""
     schedule: ScheduleConfig = ScheduleConfig(warmup_epochs=0)
+    """The learning rate over time."""
     lr: dict[LoopMethod, Positive] = Field(default_factory=dict)
     """Peak learning rates of single methods, where they are not the optimizer's."""
     mu: dict[LoopMethod, Positive] = Field(default_factory=dict)

@@ -65,10 +65,9 @@ class Gallery:
 class Page:
     """What a report says.
 
-    result:  the numbers for machines, with the keys schema_version, title, experiment_yaml, data (None, or {name,
-             digest, train, test and, where they are no images, unit}), environment, mlflow_url and notes, which the page
-             shows;
-             `write_page` adds created, table and pictures.
+    result:  the numbers for machines, with the keys schema_version, title, experiment_yaml, environment, mlflow_url,
+             notes and data, which the page shows; data is None or has name, digest, train, test and, where they are no
+             images, unit. `write_page` adds created, table and pictures.
     facts:   the few numbers to be read first, each with what it is.
     heading, table: the main one.
     draw:    adds the pictures.

@@ -31,14 +31,23 @@ def measure_by_point(
             means = [statistics.mean(values) for _, values in found]
             spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in found]
             if axis is None:
-                axes.errorbar(means, places, xerr=spread, fmt="o", capsize=4, color=line_style(0)["color"])
+                axes.errorbar(
+                    means, places, xerr=spread, fmt="o", capsize=4, elinewidth=1.2, color=line_style(0)["color"]
+                )
             else:
                 axes.errorbar(
-                    places, means, yerr=spread, marker="o", capsize=4, label=name or None, **line_style(index)
+                    places,
+                    means,
+                    yerr=spread,
+                    marker="o",
+                    capsize=4,
+                    elinewidth=1.2,
+                    label=name or None,
+                    **line_style(index),
                 )
             for place, values in found:
                 single = (values, [place] * len(values)) if axis is None else ([place] * len(values), values)
-                axes.plot(*single, "o", color="#8A8F98", markersize=3, alpha=0.7, linestyle="")
+                axes.plot(*single, "o", color="#8A8F98", markersize=3, zorder=3, linestyle="")
         if axis is None:
             axes.set_yticks(range(len(points)), list(points))
             axes.set(xlabel=measure, ylim=(len(points) - 0.5, -0.5))

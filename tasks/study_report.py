@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,25 @@ def _table(study: Study, outcomes: Sequence[Outcome], measures: Sequence[str]) -
     rows = tuple(
         (
             *(_text(several[0].values[key]) for key in study.vary),
-            f"{sum(outcome.studied is not None for outcome in several)} of {len(several)}",
+            _runs(several),
             *(_spread(values_of(several, measure)) for measure in measures),
         )
         for several in by_point(outcomes).values()
     )
     caption = f"Mean ± standard deviation over the runs that were done; seeds {', '.join(map(str, study.seeds))}."
-    return Table((*study.vary, "runs", *measures), rows, caption)
+    return Table((*_short(study.vary, "."), "runs", *_short(measures, "/")), rows, caption)
+
+
+def _runs(several: Sequence[Outcome]) -> str:
+    done = sum(outcome.studied is not None for outcome in several)
+    return str(done) if done == len(several) else f"{done} of {len(several)}"
+
+
+def _short(names: Iterable[str], separator: str) -> list[str]:
+    """The last part of every dotted name, where that tells them apart."""
+    whole = list(names)
+    parts = [name.rpartition(separator)[2] for name in whole]
+    return [part if parts.count(part) == 1 else name for part, name in zip(parts, whole, strict=True)]
 
 
 def _spread(values: Sequence[float]) -> str:
