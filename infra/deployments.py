@@ -68,7 +68,9 @@ def _bring_up_pool(api_url: str, deployments: list[dict[str, Any]]) -> None:
             except ObjectNotFound:
                 continue
             slugs = {schedule.slug for schedule in there.schedules}
-            deployment["schedules"] = [each for each in deployment["schedules"] if each["slug"] not in slugs]
+            # Beside a schedule without a slug, which is the user's, Prefect would replace them all.
+            new = [each for each in deployment["schedules"] if each["slug"] not in slugs]
+            deployment["schedules"] = [] if None in slugs else new
 
 
 def _flow_of(deployment: dict[str, Any]) -> str:

@@ -138,13 +138,23 @@ def test_applied_again_it_leaves_what_the_user_has_switched_on(server: Server) -
     httpx.patch(path, json={"active": True}, timeout=30).raise_for_status()
     httpx.patch(f"{server.api}/work_pools/{POOL}", json={"concurrency_limit": 7}, timeout=30).raise_for_status()
     try:
+        own = {"schedule": {"cron": "30 6 * * 1-5", "timezone": "Europe/Berlin"}, "active": True}
+        classify = server.deployment("classify")
+        created = httpx.post(f"{server.api}/deployments/{classify['id']}/schedules", json=[own], timeout=30)
+        created.raise_for_status()
         assert apply(server.api) == server.names
+        there = {each["schedule"]["cron"]: each["active"] for each in server.deployment("classify")["schedules"]}
+        assert there == {"0 1 * * *": False, "30 6 * * 1-5": True}
         after = server.deployment("study")
         assert after["id"] == before["id"]
         assert [(each["id"], each["active"]) for each in after["schedules"]] == [(schedule["id"], True)]
         assert server.get(f"/work_pools/{POOL}")["concurrency_limit"] == 7
     finally:
-        httpx.patch(path, json={"active": False}, timeout=30).raise_for_status()
+        for name in ("study", "classify"):
+            deployment = server.deployment(name)
+            for each in deployment["schedules"]:
+                url = f"{server.api}/deployments/{deployment['id']}/schedules/{each['id']}"
+                httpx.patch(url, json={"active": False}, timeout=30).raise_for_status()
 
 
 @pytest.mark.parametrize(
