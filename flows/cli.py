@@ -17,8 +17,9 @@ from typing import Annotated, Any
 import typer
 
 from deepzero_core.errors import DeepZeroError, RequestError, suggest
+from flows.catalogue import ENTRYPOINTS
 
-FLOWS = ("classify", "pipeline", "defend", "solver-loop", "study")
+FLOWS = tuple(ENTRYPOINTS)
 
 app = typer.Typer(
     name="deepzero",
@@ -142,7 +143,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")] = False,
 ) -> None:
     """Run a flow: classify; pipeline (with certification); defend (a classifier that may only be queried); solver-loop
-    (a coarse solver, corrected by a network)."""
+    (a coarse solver, corrected by a network); study (a flow for every point of a grid of settings)."""
     if flow not in FLOWS:
         raise RequestError(f"there is no flow {flow!r}; {suggest(flow, FLOWS)}")
     import configs

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 import configs
+from configs.study import Study
 from deepzero_core.errors import RequestError, suggest
 from flows.catalogue import ENTRYPOINTS
 from infra import orchestration
@@ -55,11 +56,20 @@ def api_url() -> str:
 
 def _with_absolute_paths(experiment: Any) -> Any:
     """A worker has another working directory than whoever triggers."""
+    if isinstance(experiment, Study):
+        data = experiment.base.get("data") if isinstance(experiment.base, dict) else None
+        if not isinstance(data, dict) or not isinstance(data.get("source"), str):
+            return experiment
+        base = {**experiment.base, "data": {**data, "source": str(_absolute(Path(data["source"])))}}
+        return experiment.model_copy(update={"base": base})
     data = getattr(experiment, "data", None)
     if data is None or data.source is None:
         return experiment
-    absolute = data.model_copy(update={"source": data.source.expanduser().absolute()})
-    return experiment.model_copy(update={"data": absolute})
+    return experiment.model_copy(update={"data": data.model_copy(update={"source": _absolute(data.source)})})
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
 
 
 def _deployment(client: "SyncPrefectClient", flow: str, name: str) -> "DeploymentResponse":

@@ -250,7 +250,7 @@ def test_cancelled_in_mid_run_it_goes_on_to_the_same_bits(
     engine = [each for each in psutil.Process(worker.pid).children() if "prefect.engine" in " ".join(each.cmdline())]
     processes = [*engine, *(child for each in engine for child in each.children(recursive=True))]
     assert any("spawn_main" in " ".join(each.cmdline()) for each in processes), "Dask workers"
-    run = server.runs()[0]
+    (run,) = [each for each in server.runs() if each["state_type"] == "RUNNING"]
     server.post(f"/flow_runs/{run['id']}/set_state", state={"type": "CANCELLING"}).raise_for_status()
     out, err = watched.communicate(timeout=240)
     assert watched.returncode == 130, out + err
@@ -260,7 +260,7 @@ def test_cancelled_in_mid_run_it_goes_on_to_the_same_bits(
     statuses = {each.info.run_name: each.info.status for each in home.runs()}
     assert statuses["train cge"] == statuses["classify cancelled-seed-0"] == "KILLED"
     reason = {each.data.tags.get("deepzero.reason") for each in home.runs() if each.info.run_name == "train cge"}
-    assert reason == {"TerminationSignal: SIGTERM"}
+    assert reason == {"TerminationSignal"}
     stood_at = max(int(path.stem.partition("-")[2]) for path in (home.stage() / "checkpoints").glob("*.ckpt"))
     assert 10 <= stood_at < STEPS
     assert [line["step"] for line in home.history()][-1] == stood_at, "the step that it was stopped at is kept"
