@@ -15,6 +15,9 @@ ENTRYPOINTS = {
     "study": "flows.study.study",
 }
 
+PACKAGES = ("infra", "tasks", "simulators", "deepzero_core")
+"""Whose log lines are a run's own."""
+
 
 def flow_called(name: str) -> "Callable[[Any], Reported]":
     """The flow of that name, one of ENTRYPOINTS."""

@@ -9,18 +9,18 @@ from prefect.context import get_run_context
 
 import configs
 from configs.schema import Section
+from flows.catalogue import PACKAGES
 from tasks.environment import environment
 from tasks.stage import Tracking
 from tasks.tracking import Run, initialise
 
-_PACKAGES = ("infra", "tasks", "simulators", "deepzero_core")
 _above: ContextVar[str | None] = ContextVar("_above", default=None)
 
 
 @contextmanager
 def recorded(flow_name: str, experiment: Section) -> Iterator[Tracking]:
     """Open the flow run's parent run; it ends FINISHED, FAILED or KILLED with the flow."""
-    for package in _PACKAGES:
+    for package in PACKAGES:
         # Prefect keeps their lines with the run; without a level of their own only warnings would get that far.
         logging.getLogger(package).setLevel(logging.INFO)
     experiment_id = initialise(experiment.name)

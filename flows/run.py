@@ -17,6 +17,7 @@ from configs.schema import DataConfig, Experiment, Section
 from configs.solver_loop import SolverLoop
 from configs.study import Study
 from deepzero_core.errors import DeepZeroError, RequestError
+from flows.catalogue import PACKAGES, flow_called
 from flows.defence_plan import defence_plan
 from flows.results import conclude
 from flows.solver_loop_plan import solver_loop_plan
@@ -49,7 +50,6 @@ def execute(
     orchestration.configure()
     _show_warnings()
     signal.signal(signal.SIGTERM, _stopped)
-    from flows.catalogue import flow_called
     from infra.temporary_server import ensure_server
     from tasks.stage import write_atomically
 
@@ -183,7 +183,7 @@ def _show_warnings() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handler.setLevel(logging.WARNING)
-    for package in ("infra", "tasks", "simulators", "deepzero_core"):
+    for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

@@ -9,6 +9,8 @@ from uuid import UUID
 
 from rich.console import Console
 
+from deepzero_core.errors import WorkError
+from flows.catalogue import PACKAGES
 from flows.results import conclude, of_flow_run
 from infra.prefect_api import without_password
 
@@ -23,8 +25,6 @@ _PATIENCE_S = 120.0
 _LATE_S = 2.0
 _DISORDER = timedelta(seconds=30)
 _PAGE = 200
-# What Prefect says of its own machinery is for its pages; what ends a run badly stands in its last state.
-_OURS = ("infra", "tasks", "simulators", "deepzero_core")
 
 
 def follow(console: Console, client: "SyncPrefectClient", run_id: UUID, json_file: Path | None) -> int:
@@ -90,9 +90,12 @@ def _read(client: "SyncPrefectClient", run_id: UUID) -> "FlowRun":
     while True:
         try:
             return client.read_flow_run(run_id)
-        except httpx.TransportError:
+        except httpx.TransportError as error:
             if time.monotonic() > deadline:
-                raise
+                raise WorkError(
+                    f"the Prefect server has not answered for {_PATIENCE_S:.0f} s ({type(error).__name__}); "
+                    f"what has become of the run {run_id} it tells when it is back"
+                ) from error
             time.sleep(_EVERY_S)
 
 
@@ -138,5 +141,6 @@ class _Lines:
             self._shown.add(log.id)
             # A task's lines may come in later than those of its flow that are younger.
             self._since = max(self._since, log.timestamp - _DISORDER)
-            if log.name.partition(".")[0] in _OURS:
+            # What Prefect says of its own machinery is for its pages; what ends a run badly stands in its last state.
+            if log.name.partition(".")[0] in PACKAGES:
                 self._console.print(log.message.rstrip(), highlight=False, markup=False, soft_wrap=True)
