@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.states import State
 
 from configs.study import Point, Study
+from deepzero_core.errors import DeepZeroError
 from flows.catalogue import flow_called
 from flows.experiment import below, recorded
 from tasks.present import SUMMARY
@@ -32,8 +33,9 @@ def outcome_of(tracking: Tracking, experiment: Study, point: Point) -> Outcome:
     try:
         studied = run_point(tracking, experiment.flow, point)
     except Exception as error:
-        _log.exception("point %s, seed %d failed", point.label, point.seed)
-        return Outcome(values=point.values, seed=point.seed, error=one_line(error))
+        sentence, expected = one_line(error), isinstance(error, DeepZeroError)
+        _log.error("point %s, seed %d failed: %s", point.label, point.seed, sentence, exc_info=not expected)
+        return Outcome(values=point.values, seed=point.seed, error=sentence)
     return Outcome(values=point.values, seed=point.seed, studied=studied)
 
 
