@@ -20,6 +20,8 @@ _SETTINGS = {
     "distributed.worker.multiprocessing-method": "spawn",
     # Idle workers pull ranges from busy ones; θ is small, so that a pull is cheap.
     "distributed.scheduler.work-stealing": True,
+    # What stops this process is not for its workers.
+    "distributed.worker.preload": ["infra.dask_preload"],
     # Every core computes: no sampling of stacks every 10 ms, no look at the event loop every 20 ms.
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import psutil
 from filelock import FileLock, Timeout
@@ -42,6 +42,11 @@ def tracking_uri() -> str:
     return os.environ.get(VARIABLE) or f"sqlite:///{mlflow_database(home()).as_posix()}"
 
 
+def store_exists() -> bool:
+    """Whether there can be runs: a server and the user's own store are there, ours may not have been made yet."""
+    return bool(os.environ.get(VARIABLE)) or mlflow_database(home()).exists()
+
+
 def initialise(name: str) -> str:
     """Make the store ready, end what killed processes left running, and return the id of experiment `name`.
 
@@ -56,7 +61,7 @@ def initialise(name: str) -> str:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     uri, base = tracking_uri(), home()
     try:
-        _probe(uri)
+        probe(uri)
         base.mkdir(parents=True, exist_ok=True)
         if not os.environ.get(VARIABLE):
             mlflow_database(base).parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +97,16 @@ def ui_command() -> str | None:
 def run_url(experiment_id: str, run_id: str) -> str:
     """The run's page, once `ui_command` runs, among the pages for models and not those for language applications."""
     uri = tracking_uri()
-    server = uri.rstrip("/") if uri.startswith(_REMOTE) else UI
+    server = _without_user(uri).rstrip("/") if uri.startswith(_REMOTE) else UI
     return f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def artifact_url(run_id: str, path: str) -> str | None:
+    """Where a browser finds an artifact of a run; None where no MLflow server keeps it."""
+    uri = tracking_uri()
+    if not uri.startswith(_REMOTE):
+        return None
+    return f"{_without_user(uri).rstrip('/')}/get-artifact?{urlencode({'path': path, 'run_uuid': run_id})}"
 
 
 def one_line(error: BaseException) -> str:
@@ -167,7 +180,7 @@ def _alive(pid: str, started: str) -> bool:
         return False
 
 
-def _probe(uri: str) -> None:
+def probe(uri: str) -> None:
     """OSError at once where no server listens; MLflow itself would try again for minutes."""
     address = urlsplit(uri)
     if address.scheme in ("http", "https") and address.hostname:
@@ -178,3 +191,9 @@ def _probe(uri: str) -> None:
 def _without_password(uri: str) -> str:
     address = urlsplit(uri)
     return uri.replace(f":{address.password}@", ":…@") if address.password else uri
+
+
+def _without_user(uri: str) -> str:
+    """An address that may be shown: user and password stay out of pages, results and logs."""
+    address = urlsplit(uri)
+    return uri.replace(f"{address.netloc.rpartition('@')[0]}@", "", 1) if "@" in address.netloc else uri
