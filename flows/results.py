@@ -11,7 +11,7 @@ from rich.table import Table
 from deepzero_core.errors import RequestError
 from infra.home import home
 from infra.orchestration import configure
-from infra.orchestration import ui_command as prefect_ui_command
+from infra.orchestration import ui_place as prefect_ui
 
 
 def show(run: str | None) -> None:
@@ -40,7 +40,8 @@ def find(run: str | None) -> Path:
 
 def conclude(console: Console, result_file: Path) -> None:
     """The closing table of a result, and where everything lies."""
-    from tasks.tracking import ui_command
+    from tasks.tracking import tracking_uri, ui_command
+    from tasks.tracking_store import without_password
 
     result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
     methods = result["table"]
@@ -55,8 +56,8 @@ def conclude(console: Console, result_file: Path) -> None:
     places = {
         "report": result_file.with_name("report.html"),
         "MLflow run": result["mlflow_url"],
-        "MLflow UI": ui_command() or "the server that $MLFLOW_TRACKING_URI names",
-        "Prefect UI": prefect_ui_command(),
+        "MLflow UI": ui_command() or without_password(tracking_uri()),
+        "Prefect UI": prefect_ui(),
     }
     for label, place in places.items():
         console.print(f"{label:<11} {place}", soft_wrap=True, highlight=False)

@@ -1,0 +1,264 @@
+"""`up` and `down`: the stack of a home is started once, waited for, and ended without leaving anything behind."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from deepzero_core.errors import RequestError, WorkError
+from infra.home import VARIABLE, home
+from infra.stack import databases, health, leftovers, ports, secrets, services, state, supervision
+from infra.stack.secrets import Secrets
+from infra.stack.state import Stack
+
+SPACE = 500 * 2**20
+_LOCK_S = 600
+_POLL_S = 0.5
+_FLOW_GRACE_S = 30.0
+_GRACE_S = 10.0
+# As often as this may a service end before `up` gives up waiting for it.
+_FAILED_STARTS = 3
+
+Say = Callable[[str], None]
+
+
+def default_workers() -> int:
+    """One Dask worker per usable core, two at least, as many as the presets ask for, and eight at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return min(8, max(2, cores))
+
+
+def up(
+    *,
+    say: Say,
+    host: str = state.LOOPBACK,
+    workers: int | None = None,
+    fixed: Mapping[str, int] | None = None,
+    insecure: bool = False,
+    timeout_s: float = 300.0,
+) -> Stack:
+    """The stack of this home: the one that runs, or a new one, once every service is well.
+
+    Args:
+        say: is told what is going on, a line at a time.
+        host: the address to bind to. Others than loopback want credentials, unless `insecure`.
+        workers: Dask workers. fixed: ports by name. Neither changes a stack that runs.
+
+    Raises:
+        RequestError: the home, the host, a port or the credentials will not do; nothing has been started.
+        WorkError: a service does not come up; what had been started has been ended again.
+    """
+    if os.name != "posix":
+        raise RequestError("the local stack needs Linux or macOS: its supervisor does not run on this system")
+    base = _ready(home())
+    try:
+        with FileLock(state.folder(base) / "up.lock", timeout=_LOCK_S):
+            found = state.running(base)
+            if found is not None:
+                say(f"the stack of {base} is running already")
+                _tell_differences(found, host, workers, fixed or {}, say)
+                _wait(found, timeout_s, say)
+                return found
+            return _start(base, host, workers, fixed or {}, insecure, timeout_s, say)
+    except Timeout:
+        raise WorkError(f"another `deepzero up` has been at work in {base} for {_LOCK_S} s") from None
+
+
+def down(*, say: Say) -> bool:
+    """End the stack of this home, flow runs first and servers last; whether there was anything to end.
+
+    Raises:
+        WorkError: processes are left that cannot be ended.
+    """
+    base = home()
+    found = state.running(base)
+    ended = found is not None
+    if found is not None:
+        try:
+            say("stopping the Prefect worker and its flow runs")
+            supervision.stop_service(found, services.WORKER)
+            # Flow runs that end in order write a checkpoint and tell the servers, which are still there.
+            leftovers.end(leftovers.marked(base, services.WORKER), _FLOW_GRACE_S)
+            say("stopping the services")
+            supervision.shut_down(found, timeout_s=60.0)
+        except WorkError as error:
+            say(f"{error}; ending its processes one by one")
+    remaining = leftovers.marked(base)
+    if remaining:
+        if found is None:
+            say(f"{len(remaining)} processes of a stack that lost its supervisor are still there; stopping them")
+        leftovers.end(remaining, _GRACE_S)
+        ended = True
+    still = leftovers.marked(base)
+    if still:
+        raise WorkError(f"processes {', '.join(str(process.pid) for process in still)} cannot be ended")
+    _clean(base)
+    return ended
+
+
+def _ready(base: Path) -> Path:
+    """The home with its folders; RequestError where they cannot be made or hold too little."""
+    try:
+        state.logs(base).mkdir(parents=True, exist_ok=True)
+        state.folder(base).chmod(0o700)
+        probe = state.folder(base) / ".writable"
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise RequestError(f"the home {base} cannot be used: {reason}; set {VARIABLE} to another folder") from error
+    check_space(base, SPACE)
+    return base
+
+
+def check_space(base: Path, needed: int) -> None:
+    """RequestError where fewer than `needed` bytes are free: databases on a full disk are soon broken ones."""
+    free = shutil.disk_usage(base).free
+    if free < needed:
+        raise RequestError(
+            f"{free / 2**20:,.0f} MiB are free at {base}, and the stack needs {needed / 2**20:,.0f} MiB at least; "
+            f"make room, or set {VARIABLE} to a folder on another disk"
+        )
+
+
+def check_host(host: str, given: Secrets, insecure: bool) -> None:
+    """RequestError where others could reach services that ask them for nothing."""
+    if not state.is_loopback(host) and not insecure and given.missing():
+        raise RequestError(
+            f"--host {host} lets others in, and first {', '.join(given.missing())} must be set "
+            "(or …_FILE variables that name files of them); --insecure starts without"
+        )
+
+
+def _start(
+    base: Path, host: str, workers: int | None, fixed: Mapping[str, int], insecure: bool, timeout_s: float, say: Say
+) -> Stack:
+    given = secrets.read()
+    check_host(host, given, insecure)
+    if insecure and not state.is_loopback(host) and given.missing():
+        say(f"WARNING: whoever reaches {host} can run programs here: {', '.join(given.missing())} not set, --insecure")
+    if given.mlflow_auth:
+        _need_flask_wtf()
+    remaining = leftovers.marked(base)
+    if remaining:
+        say(f"{len(remaining)} processes of an earlier stack are still there; stopping them")
+        leftovers.end(remaining, _GRACE_S)
+    _clean(base)
+    stack = Stack(
+        home=base,
+        host=host,
+        ports=ports.choose(base, host, fixed),
+        workers=default_workers() if workers is None else workers,
+        socket=state.socket_path(base),
+        tls=bool(given.tls),
+        secret_files=secrets.named_files(),
+    )
+    try:
+        _prepare(stack, given, say)
+        state.write(stack)
+        supervision.start(stack)
+        _wait(stack, timeout_s, say)
+        _deploy(stack, given, say)
+    except BaseException:
+        down(say=lambda _: None)
+        raise
+    return stack
+
+
+def _prepare(stack: Stack, given: Secrets, say: Say) -> None:
+    (stack.folder / "dask").mkdir(exist_ok=True)
+    if given.mlflow_auth:
+        users = stack.home / "mlflow-users.db"
+        (stack.folder / "mlflow-auth.ini").write_text(
+            "[mlflow]\n"
+            "default_permission = READ\n"
+            f"database_uri = sqlite:///{users.as_posix()}\n"
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n",
+            encoding="utf-8",
+        )
+    say("looking at the databases")
+    for name in databases.initialise(stack.home, given):
+        say(f"{name}'s database is ready")
+
+
+def _wait(stack: Stack, timeout_s: float, say: Say) -> None:
+    """Until every service is well; a line for each as it gets there."""
+    begin = time.monotonic()
+    first, told = True, set[str]()
+    starts: dict[str, set[float]] = {}
+    while True:
+        rows = health.examine(stack)
+        elapsed = time.monotonic() - begin
+        for row in rows:
+            if row.healthy and row.service not in told:
+                told.add(row.service)
+                if not first:
+                    say(f"{row.service} is well after {elapsed:.0f} s")
+        waiting = [row.service for row in rows if not row.healthy]
+        if not waiting:
+            return
+        first = False
+        for name, process in supervision.processes(stack).items():
+            if name in waiting and process.state in ("backoff", "exited", "fatal"):
+                starts.setdefault(name, set()).add(process.started)
+                if len(starts[name]) >= _FAILED_STARTS or process.state == "fatal":
+                    raise WorkError(f"{name} does not start: {_last_words(stack, name)}")
+        if elapsed > timeout_s:
+            raise WorkError(
+                f"not well within {timeout_s:g} s: {', '.join(waiting)}; the logs are in {state.logs(stack.home)}"
+            )
+        time.sleep(_POLL_S)
+
+
+def _deploy(stack: Stack, given: Secrets, say: Say) -> None:
+    """Apply the deployments of the flows, once there is a module for it."""
+    import importlib.util
+
+    if importlib.util.find_spec("infra.deployments") is None:
+        return
+    from infra import deployments
+
+    os.environ.update(services.prefect_client(stack, given.values))
+    deployments.apply(stack.prefect_api_url)
+    say("the deployments are applied")
+
+
+def _last_words(stack: Stack, service: str) -> str:
+    """The last line of a service's log, and where the rest is. _ready has seen to it that nobody else may read it."""
+    file = state.logs(stack.home) / f"{service}.log"
+    try:
+        lines = [
+            line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
+    except OSError:
+        lines = []
+    said = secrets.read(stack.secret_files).hide(lines[-1])[:300] if lines else "it said nothing"
+    return f"{said} (the log is {file})"
+
+
+def _tell_differences(found: Stack, host: str, workers: int | None, fixed: Mapping[str, int], say: Say) -> None:
+    asked = {"host": host, **{f"port of {name}": port for name, port in fixed.items()}}
+    has = {"host": found.host, **{f"port of {name}": found.ports[name] for name in fixed}}
+    if workers is not None:
+        asked["number of workers"], has["number of workers"] = workers, found.workers
+    for what in asked:
+        if asked[what] != has[what] and (what != "host" or host != state.LOOPBACK):
+            say(f"its {what} is {has[what]}, not {asked[what]}: `deepzero down` first")
+
+
+def _clean(base: Path) -> None:
+    """Forget a stack that is gone: a later one must not believe these files."""
+    state.forget(base)
+    state.socket_path(base).unlink(missing_ok=True)
+    for name in ("supervisord.pid", "supervisord.conf", "mlflow-auth.ini"):
+        (state.folder(base) / name).unlink(missing_ok=True)
+
+
+def _need_flask_wtf() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("flask_wtf") is None:
+        raise RequestError("MLflow's user accounts need a package: pip install -c constraints.txt -e '.[auth]'")
