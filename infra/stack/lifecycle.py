@@ -90,13 +90,19 @@ def down(*, say: Say) -> bool:
     if remaining:
         if found is None:
             say(f"{len(remaining)} processes of a stack that lost its supervisor are still there; stopping them")
-        leftovers.end(remaining, _GRACE_S)
+        _end_all(base)
         ended = True
+    _clean(base)
+    return ended
+
+
+def _end_all(base: Path) -> None:
+    """Flow runs first, as in an orderly end; WorkError where something cannot be ended."""
+    leftovers.end(leftovers.marked(base, services.WORKER), _FLOW_GRACE_S)
+    leftovers.end(leftovers.marked(base), _GRACE_S)
     still = leftovers.marked(base)
     if still:
         raise WorkError(f"processes {', '.join(str(process.pid) for process in still)} cannot be ended")
-    _clean(base)
-    return ended
 
 
 def _ready(base: Path) -> Path:
@@ -145,7 +151,7 @@ def _start(
     remaining = leftovers.marked(base)
     if remaining:
         say(f"{len(remaining)} processes of an earlier stack are still there; stopping them")
-        leftovers.end(remaining, _GRACE_S)
+        _end_all(base)
     _clean(base)
     stack = Stack(
         home=base,

@@ -96,6 +96,8 @@ def command(stack: Stack, service: str, given: Secrets) -> list[str]:
                 "--host": stack.host,
                 "--memory-limit": "0",
                 "--local-directory": str(stack.folder / "dask"),
+                # It listens for questions about its health even without a dashboard, and by default to everybody.
+                "--dashboard-address": f"{LOOPBACK}:0",
             }
             # The supervisor is its nanny.
             only = ["--no-nanny", "--no-dashboard"]

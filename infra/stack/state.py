@@ -5,6 +5,7 @@ No secret is kept here, only the names of files that hold secrets.
 
 import functools
 import hashlib
+import importlib.util
 import ipaddress
 import json
 import os
@@ -57,8 +58,9 @@ class Stack:
 
     @property
     def dashboard_url(self) -> str:
-        """On loopback always: Dask's pages know no passwords."""
-        return f"http://{LOOPBACK}:{self.ports['dashboard']}/status"
+        """On loopback always: Dask's pages know no passwords. Without bokeh it has tables only."""
+        page = "status" if importlib.util.find_spec("bokeh") else "info/main/workers.html"
+        return f"http://{LOOPBACK}:{self.ports['dashboard']}/{page}"
 
     @property
     def contact(self) -> str:
