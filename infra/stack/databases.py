@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from deepzero_core.errors import RequestError, WorkError
+from infra.finding import last_line, one_line
 from infra.home import mlflow_database
 from infra.orchestration import SETTINGS
 from infra.stack import secrets, services
@@ -20,6 +21,7 @@ from infra.stack.secrets import Secrets
 from infra.stack.state import folder
 
 _TIMEOUT_S = 300
+_CONNECT_S = 10
 _OPEN_MLFLOW = """
 import logging, os
 for chatty in ("mlflow.store.db.utils", "alembic"):
@@ -36,6 +38,9 @@ def initialise(base: Path, given: Secrets) -> list[str]:
         RequestError: a database that the user named does not open.
         WorkError: one of the home's own does not.
     """
+    for variable in (secrets.PREFECT_DATABASE, secrets.MLFLOW_DATABASE):
+        if variable in given.values and (reason := refusal(given.values[variable])):
+            raise RequestError(f"the database that ${variable} names does not open: {given.hide(reason)}")
     wanted = {"Prefect": _prefect_mark(base, given.values), "MLflow": _mlflow_mark(base, given.values)}
     done = _done(base)
     missing = [name for name, mark in wanted.items() if done.get(name) != mark]
@@ -52,6 +57,23 @@ def initialise(base: Path, given: Secrets) -> list[str]:
 def prefect_file(base: Path) -> Path:
     """Prefect's own database, where no PostgreSQL is named."""
     return base / "prefect" / "prefect.db"
+
+
+def refusal(url: str) -> str:
+    """Why a PostgreSQL lets nobody in, or nothing; MLflow would try again and again before it said so.
+
+    Raises:
+        RequestError: the package that speaks to PostgreSQL is not installed.
+    """
+    try:
+        import psycopg2
+    except ImportError as error:
+        raise RequestError("PostgreSQL needs a package: pip install -c constraints.txt -e '.[postgres]'") from error
+    try:
+        psycopg2.connect(services.with_driver(url, ""), connect_timeout=_CONNECT_S).close()
+    except psycopg2.Error as error:
+        return one_line(str(error))
+    return ""
 
 
 def _prefect(base: Path, given: Secrets) -> None:
@@ -94,8 +116,7 @@ def _run(command: list[str], settings: Mapping[str, str], given: Secrets, variab
         raise WorkError(f"the database {file} was not ready within {_TIMEOUT_S} s") from None
     if done.returncode == 0:
         return
-    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    reason = given.hide(lines[-1] if lines else f"status {done.returncode}")[:300]
+    reason = given.hide(last_line(done.stderr or done.stdout) or f"status {done.returncode}")
     if variable in given.values:
         raise RequestError(f"the database that ${variable} names does not open: {reason}")
     raise WorkError(f"the database {file} does not open: {reason}; `deepzero doctor` tells more")

@@ -20,7 +20,7 @@ def last(files: Mapping[str, Path], lines: int) -> Iterator[tuple[str, str]]:
 
 def follow(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     """(name, line) of every whole line written from now on, without end; also after a file has been rotated."""
-    tails = [_Tail(name, file) for name, file in files.items()]
+    tails = [Tail(name, file) for name, file in files.items()]
     while True:
         fresh = [(tail.name, line) for tail in tails for line in tail.fresh()]
         yield from fresh
@@ -28,7 +28,7 @@ def follow(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
             time.sleep(_POLL_S)
 
 
-class _Tail:
+class Tail:
     """One file and how much of it has been read."""
 
     def __init__(self, name: str, file: Path) -> None:

@@ -138,13 +138,13 @@ def prefect_database(values: Mapping[str, str]) -> dict[str, str]:
     """Prefect's setting for a PostgreSQL, which it reaches through asyncpg; nothing where it keeps its SQLite file."""
     if secrets.PREFECT_DATABASE not in values:
         return {}
-    return {"PREFECT_API_DATABASE_CONNECTION_URL": _with_driver(values[secrets.PREFECT_DATABASE], "asyncpg")}
+    return {"PREFECT_API_DATABASE_CONNECTION_URL": with_driver(values[secrets.PREFECT_DATABASE], "asyncpg")}
 
 
 def mlflow_store(base: Path, values: Mapping[str, str]) -> str:
     """The address of MLflow's tracking store."""
     if secrets.MLFLOW_DATABASE in values:
-        return _with_driver(values[secrets.MLFLOW_DATABASE], "psycopg2")
+        return with_driver(values[secrets.MLFLOW_DATABASE], "psycopg2")
     return f"sqlite:///{mlflow_database(base).as_posix()}"
 
 
@@ -231,8 +231,9 @@ def _origins(stack: Stack, port: str) -> list[str]:
     return [f"http://{name}:{stack.ports[port]}" for name in _names(stack)]
 
 
-def _with_driver(url: str, driver: str) -> str:
-    return f"postgresql+{driver}://{url.partition('://')[2]}"
+def with_driver(url: str, driver: str) -> str:
+    """The address as SQLAlchemy wants it for this driver; without one, as PostgreSQL's own library does."""
+    return f"postgresql{driver and '+'}{driver}://{url.partition('://')[2]}"
 
 
 def _module(*parts: str) -> list[str]:
