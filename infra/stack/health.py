@@ -35,13 +35,13 @@ def examine(stack: Stack) -> list[Row]:
     return [_row(stack, service.name, processes.get(service.name)) for service in services.services(stack)]
 
 
-def answers(url: str | None) -> bool:
-    """Whether a GET of this address is answered with success, soon."""
+def answers(url: str | None, auth: tuple[str, str] | None = None) -> bool:
+    """Whether a GET of this address is answered with success, soon. auth: user and password."""
     if url is None:
         return False
     try:
         # No proxy stands between this machine and itself.
-        return httpx.get(url, timeout=_TIMEOUT_S, trust_env=False).is_success
+        return httpx.get(url, auth=auth, timeout=_TIMEOUT_S, trust_env=False).is_success
     except httpx.HTTPError:
         return False
 

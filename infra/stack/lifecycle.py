@@ -1,20 +1,21 @@
 """`up` and `down`: the stack of a home is started once, waited for, and ended without leaving anything behind."""
 
+import importlib.util
 import os
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from deepzero_core.errors import RequestError, WorkError
-from infra.home import VARIABLE, home
-from infra.stack import databases, health, leftovers, ports, secrets, services, state, supervision
+from deepzero_core.errors import DeepZeroError, RequestError, WorkError
+from infra import orchestration
+from infra.home import home
+from infra.stack import conditions, databases, health, leftovers, ports, secrets, services, state, supervision
 from infra.stack.secrets import Secrets
 from infra.stack.state import Stack
 
-SPACE = 500 * 2**20
+MLFLOW_USERS = "mlflow-users.db"
 _LOCK_S = 600
 _POLL_S = 0.5
 _FLOW_GRACE_S = 30.0
@@ -53,14 +54,14 @@ def up(
     """
     if os.name != "posix":
         raise RequestError("the local stack needs Linux or macOS: its supervisor does not run on this system")
-    base = _ready(home())
+    base = conditions.prepared_folders(home())
     try:
         with FileLock(state.folder(base) / "up.lock", timeout=_LOCK_S):
             found = state.running(base)
             if found is not None:
                 say(f"the stack of {base} is running already")
                 _tell_differences(found, host, workers, fixed or {}, say)
-                _wait(found, timeout_s, say)
+                _finish(found, secrets.read(found.secret_files), timeout_s, say)
                 return found
             return _start(base, host, workers, fixed or {}, insecure, timeout_s, say)
     except Timeout:
@@ -105,49 +106,15 @@ def _end_all(base: Path) -> None:
         raise WorkError(f"processes {', '.join(str(process.pid) for process in still)} cannot be ended")
 
 
-def _ready(base: Path) -> Path:
-    """The home with its folders; RequestError where they cannot be made or hold too little."""
-    try:
-        state.logs(base).mkdir(parents=True, exist_ok=True)
-        state.folder(base).chmod(0o700)
-        probe = state.folder(base) / ".writable"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise RequestError(f"the home {base} cannot be used: {reason}; set {VARIABLE} to another folder") from error
-    check_space(base, SPACE)
-    return base
-
-
-def check_space(base: Path, needed: int) -> None:
-    """RequestError where fewer than `needed` bytes are free: databases on a full disk are soon broken ones."""
-    free = shutil.disk_usage(base).free
-    if free < needed:
-        raise RequestError(
-            f"{free / 2**20:,.0f} MiB are free at {base}, and the stack needs {needed / 2**20:,.0f} MiB at least; "
-            f"make room, or set {VARIABLE} to a folder on another disk"
-        )
-
-
-def check_host(host: str, given: Secrets, insecure: bool) -> None:
-    """RequestError where others could reach services that ask them for nothing."""
-    if not state.is_loopback(host) and not insecure and given.missing():
-        raise RequestError(
-            f"--host {host} lets others in, and first {', '.join(given.missing())} must be set "
-            "(or …_FILE variables that name files of them); --insecure starts without"
-        )
-
-
 def _start(
     base: Path, host: str, workers: int | None, fixed: Mapping[str, int], insecure: bool, timeout_s: float, say: Say
 ) -> Stack:
     given = secrets.read()
-    check_host(host, given, insecure)
+    conditions.check_host(host, given, insecure)
     if insecure and not state.is_loopback(host) and given.missing():
         say(f"WARNING: whoever reaches {host} can run programs here: {', '.join(given.missing())} not set, --insecure")
     if given.mlflow_auth:
-        _need_flask_wtf()
+        conditions.check_account_forms()
     remaining = leftovers.marked(base)
     if remaining:
         say(f"{len(remaining)} processes of an earlier stack are still there; stopping them")
@@ -166,8 +133,7 @@ def _start(
         _prepare(stack, given, say)
         state.write(stack)
         supervision.start(stack)
-        _wait(stack, timeout_s, say)
-        _deploy(stack, given, say)
+        _finish(stack, given, timeout_s, say)
     except BaseException:
         down(say=lambda _: None)
         raise
@@ -177,7 +143,7 @@ def _start(
 def _prepare(stack: Stack, given: Secrets, say: Say) -> None:
     (stack.folder / "dask").mkdir(exist_ok=True)
     if given.mlflow_auth:
-        users = stack.home / "mlflow-users.db"
+        users = stack.home / MLFLOW_USERS
         (stack.folder / "mlflow-auth.ini").write_text(
             "[mlflow]\n"
             "default_permission = READ\n"
@@ -190,13 +156,23 @@ def _prepare(stack: Stack, given: Secrets, say: Say) -> None:
         say(f"{name}'s database is ready")
 
 
-def _wait(stack: Stack, timeout_s: float, say: Say) -> None:
-    """Until every service is well; a line for each as it gets there."""
+def _finish(stack: Stack, given: Secrets, timeout_s: float, say: Say) -> None:
+    """What is left to do once the supervisor runs, also where an earlier `up` did not get to its end."""
+    if supervision.processes(stack)[services.WORKER].state == "stopped":
+        _wait(stack, [service.name for service in services.services(stack) if service.at_once], timeout_s, say)
+        try_account(stack, given)
+        _deploy(stack, given, say)
+        supervision.start_service(stack, services.WORKER)
+    _wait(stack, [service.name for service in services.services(stack)], timeout_s, say)
+
+
+def _wait(stack: Stack, wanted: Sequence[str], timeout_s: float, say: Say) -> None:
+    """Until these services are well; a line for each as it gets there."""
     begin = time.monotonic()
     first, told = True, set[str]()
     starts: dict[str, set[float]] = {}
     while True:
-        rows = health.examine(stack)
+        rows = [row for row in health.examine(stack) if row.service in wanted]
         elapsed = time.monotonic() - begin
         for row in rows:
             if row.healthy and row.service not in told:
@@ -219,17 +195,33 @@ def _wait(stack: Stack, timeout_s: float, say: Say) -> None:
         time.sleep(_POLL_S)
 
 
-def _deploy(stack: Stack, given: Secrets, say: Say) -> None:
-    """Apply the deployments of the flows, once there is a module for it."""
-    import importlib.util
+def try_account(stack: Stack, given: Secrets) -> None:
+    """WorkError where MLflow refuses its own account: it keeps the password with which it was first started."""
+    if not given.mlflow_auth:
+        return
+    account = (given.values[secrets.MLFLOW_USER], given.values[secrets.MLFLOW_PASSWORD])
+    if not health.answers(f"{stack.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=1", account):
+        raise WorkError(
+            f"MLflow does not take ${secrets.MLFLOW_USER} and ${secrets.MLFLOW_PASSWORD}: the account was made with "
+            f"another password; give that one, or move {stack.home / MLFLOW_USERS} away to make the accounts anew"
+        )
 
+
+def _deploy(stack: Stack, given: Secrets, say: Say) -> None:
+    """Make the work pool and the deployments of the flows; a stack without them is of use all the same."""
+    # The one place that knows of infra.deployments, which may be absent.
     if importlib.util.find_spec("infra.deployments") is None:
         return
     from infra import deployments
 
     os.environ.update(services.prefect_client(stack, given.values))
-    deployments.apply(stack.prefect_api_url)
-    say("the deployments are applied")
+    os.environ.update({**orchestration.SETTINGS, "PREFECT_HOME": str(stack.home / "prefect")})
+    try:
+        deployments.apply(stack.prefect_api_url)
+    except DeepZeroError as error:
+        say(f"WARNING: there are no deployments: {given.hide(str(error))}")
+    else:
+        say("the deployments are there")
 
 
 def _last_words(stack: Stack, service: str) -> str:
@@ -261,10 +253,3 @@ def _clean(base: Path) -> None:
     state.socket_path(base).unlink(missing_ok=True)
     for name in ("supervisord.pid", "supervisord.conf", "mlflow-auth.ini"):
         (state.folder(base) / name).unlink(missing_ok=True)
-
-
-def _need_flask_wtf() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("flask_wtf") is None:
-        raise RequestError("MLflow's user accounts need a package: pip install -c constraints.txt -e '.[auth]'")

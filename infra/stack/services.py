@@ -31,18 +31,20 @@ class Service:
 
     needs: the service that must be well before this one is started. stop_s: what it gets to end in order.
     runs_on: whether its children may outlive it when it is killed: the flow runs of a Prefect worker go on.
+    at_once: whether the supervisor starts it with itself: a Prefect worker waits for the deployments.
     """
 
     name: str
     needs: str | None = None
     stop_s: int = 10
     runs_on: bool = False
+    at_once: bool = True
 
 
 def services(stack: Stack) -> list[Service]:
     """In the order in which they are started; they are stopped in the reverse one."""
     workers = [Service(f"{DASK_WORKER}-{number}", needs=SCHEDULER) for number in range(1, stack.workers + 1)]
-    worker = Service(WORKER, needs=PREFECT, stop_s=30, runs_on=True)
+    worker = Service(WORKER, needs=PREFECT, stop_s=30, runs_on=True, at_once=False)
     return [Service(PREFECT), Service(MLFLOW), Service(SCHEDULER), *workers, worker]
 
 

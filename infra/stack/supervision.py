@@ -60,6 +60,7 @@ def configuration(stack: Stack) -> str:
         sections[f"program:{service.name}"] = {
             "command": shlex.join(command),
             "priority": number,
+            "autostart": str(service.at_once).lower(),
             "autorestart": "true",
             "startsecs": _STARTED_S,
             "startretries": _RETRIES,
@@ -130,6 +131,11 @@ def processes(stack: Stack) -> dict[str, Process]:
     }
 
 
+def start_service(stack: Stack, service: str) -> None:
+    """Have one service started that is not. WorkError as `processes`."""
+    _call(stack.socket, "startProcess", service, False)
+
+
 def stop_service(stack: Stack, service: str) -> None:
     """Have one service ended and not started again; nothing where it does not run. WorkError as `processes`."""
     if processes(stack).get(service, Process("stopped", 0, 0, 0, "")).pid:
@@ -146,7 +152,7 @@ def shut_down(stack: Stack, timeout_s: float) -> None:
         time.sleep(0.1)
 
 
-def _call(socket: Path, method: str, *arguments: str, timeout_s: float = _ANSWER_S) -> Any:
+def _call(socket: Path, method: str, *arguments: Any, timeout_s: float = _ANSWER_S) -> Any:
     from supervisor.xmlrpc import SupervisorTransport, UnixStreamHTTPConnection
 
     class Connection(UnixStreamHTTPConnection):  # type: ignore[misc]

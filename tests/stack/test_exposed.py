@@ -13,6 +13,9 @@ import psutil
 import pytest
 from stacks import Command, Postgres
 
+from deepzero_core.errors import WorkError
+from infra.stack import lifecycle, secrets, state
+
 pytestmark = pytest.mark.timeout(400)
 
 PREFECT = "operator:canary-of-prefect-19c2"
@@ -60,8 +63,8 @@ def exposed(module_home: Path, postgres: Postgres, certificates: dict[str, str])
     started = deepzero("up", "--workers", "1", "--host", "0.0.0.0")
     try:
         assert started.returncode == 0, started.stderr
-        secrets = (PREFECT, MLFLOW[1], KEY, postgres.password)
-        yield Exposed(deepzero, postgres, secrets, started.stdout + started.stderr)
+        hidden = (PREFECT, MLFLOW[1], KEY, postgres.password)
+        yield Exposed(deepzero, postgres, hidden, started.stdout + started.stderr)
     finally:
         deepzero("down")
         for process in deepzero.processes():
@@ -80,6 +83,15 @@ def test_mlflow_asks_for_a_password(exposed: Exposed) -> None:
     assert exposed.get("mlflow", search).status_code == 401
     assert exposed.get("mlflow", search, ("operator", "wrong-wrong-wrong")).status_code == 401
     assert exposed.get("mlflow", search, MLFLOW).status_code == 200
+
+
+def test_an_account_with_another_password_is_told(exposed: Exposed) -> None:
+    stack = state.recorded(exposed.deepzero.home)
+    assert stack is not None
+    given = {secrets.MLFLOW_USER: MLFLOW[0], secrets.MLFLOW_PASSWORD: MLFLOW[1], secrets.MLFLOW_KEY: KEY}
+    lifecycle.try_account(stack, secrets.Secrets(given, ()))
+    with pytest.raises(WorkError, match="the account was made with another password"):
+        lifecycle.try_account(stack, secrets.Secrets({**given, secrets.MLFLOW_PASSWORD: "another-password"}, ()))
 
 
 def test_dask_speaks_tls_only(exposed: Exposed, certificates: dict[str, str]) -> None:

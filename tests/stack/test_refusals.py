@@ -9,7 +9,7 @@ import pytest
 from stacks import Command
 
 from deepzero_core.errors import RequestError
-from infra.stack import leftovers, lifecycle, ports, secrets, state, supervision
+from infra.stack import conditions, leftovers, lifecycle, ports, secrets, state, supervision
 
 PREFECT_AUTH, MLFLOW_KEY = "PREFECT_SERVER_API_AUTH_STRING", "MLFLOW_FLASK_SERVER_SECRET_KEY"
 ALL = {
@@ -167,8 +167,8 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_full_disk(home: Path) -> None:
     home.mkdir()
     with pytest.raises(RequestError, match=r"MiB are free at .* make room"):
-        lifecycle.check_space(home, 2**62)
-    lifecycle.check_space(home, 1)
+        conditions.check_space(home, 2**62)
+    conditions.check_space(home, 1)
 
 
 def test_a_name_that_a_configuration_file_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
