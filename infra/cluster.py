@@ -10,22 +10,9 @@ from distributed import Client, LocalCluster
 from distributed.comm import connect as dask_connect
 
 from deepzero_core.errors import RequestError, WorkError
+from infra.dask_settings import SETTINGS
 
 log = logging.getLogger(__name__)
-
-_SETTINGS = {
-    # A range is retried on another worker when its own dies; a range that keeps killing workers ends the run.
-    "distributed.scheduler.allowed-failures": 5,
-    # One range at a time and one thread each: the same bits on every worker.
-    "distributed.worker.multiprocessing-method": "spawn",
-    # Idle workers pull ranges from busy ones; θ is small, so that a pull is cheap.
-    "distributed.scheduler.work-stealing": True,
-    # What stops this process is not for its workers.
-    "distributed.worker.preload": ["infra.dask_preload"],
-    # Every core computes: no sampling of stacks every 10 ms, no look at the event loop every 20 ms.
-    "distributed.worker.profile.enabled": False,
-    "distributed.admin.tick.interval": "1s",
-}
 
 
 @contextmanager
@@ -36,7 +23,7 @@ def connect(workers: int, address: str | None, timeout_s: float) -> Iterator[Cli
         RequestError: nobody answers at the address.
         WorkError: fewer workers than asked for within the time-out.
     """
-    with dask.config.set(_SETTINGS):
+    with dask.config.set(SETTINGS):
         if address is not None:
             try:
                 asyncio.run(_greet(address, timeout_s))
