@@ -9,7 +9,7 @@ import torch
 from prefect.states import State
 
 from configs.solver_loop import SolverLoop
-from infra.cluster import connect
+from infra.cluster import open_cluster
 from simulators.case_store import write_cases
 from simulators.cases import Case
 from simulators.methods.packing import required
@@ -31,10 +31,7 @@ def _generate(stage: Stage, loop: SolverLoop) -> Cases:
     numbers = [*loop.cases.train, *loop.cases.test]
     cluster = loop.cluster
     with Progress(stage.title, len(numbers)) as progress:
-        if cluster.workers == 0 and cluster.address is None:
-            cases = _on_one_thread(loop, numbers)
-        else:
-            cases = _shared_out(loop, numbers, progress)
+        cases = _on_one_thread(loop, numbers) if cluster.workers == 0 else _shared_out(loop, numbers, progress)
     split = len(loop.cases.train)
     facts: dict[str, Any] = {
         "simulator": loop.simulator.model_dump(mode="json"),
@@ -70,7 +67,7 @@ def _on_one_thread(loop: SolverLoop, numbers: Sequence[float]) -> list[Case]:
 def _shared_out(loop: SolverLoop, numbers: Sequence[float], progress: Progress) -> list[Case]:
     """Each worker gets its part at once: cases that are computed together cost less."""
     cluster = loop.cluster
-    with connect(cluster.workers, cluster.address, cluster.timeout_s) as client:
+    with open_cluster(cluster, mentions=loop.model_dump(mode="json")) as client:
         workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
         each = -(-len(numbers) // workers)
         parts = [numbers[start : start + each] for start in range(0, len(numbers), each)]

@@ -1,0 +1,171 @@
+"""Slow workers, and workers that come and go: the step waits for none of them, and no bit changes."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cloudpickle
+import pytest
+import torch
+from distributed import Client
+from torch.nn import functional as F
+
+from deepzero_core import GradientEstimate
+from deepzero_core.data import prepare
+from deepzero_core.training import Batch, CGESource
+from infra.cluster import connect
+from infra.forward import DistributedCGE, Problem
+from infra.ranges import FEWEST, Range, count_for, divided
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
+    """A step of a second or more, so that things happen within it."""
+    model = {"name": "cnn", "in_channels": 1, "num_classes": 10, "image_size": (8, 8), "depth": 3, "width": 10}
+    return Problem(
+        store=prepare("digits", home=tmp_path_factory.mktemp("digits")).path,
+        batches={"batch_size": 128, "seed": 0, "augmentation": {"crop_padding": 0, "flip": False}, "limit": 512},
+        model={**model, "arguments": {}, "seed": 0},
+        mu=5e-3,
+        difference="forward",
+        memory=1 << 20,
+    )
+
+
+class Steps:
+    """Steps of a problem, on workers and in this process."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._module, self._batches = problem.build_module().train(), problem.build_batches()
+
+    def on(self, source: DistributedCGE, number: int) -> GradientEstimate:
+        """Of the workers; the same bits as here, which is checked."""
+        batch = Batch(number, 0, number, *self._batches.batch(0, number))
+        found = source.estimate(self._module, batch, None)
+        here = CGESource(F.cross_entropy, self._problem.mu, "forward", self._problem.memory)
+        expected = here.estimate(self._module, batch, None)
+        assert found.loss == expected.loss
+        assert all(torch.equal(value, found.gradients[name]) for name, value in expected.gradients.items())
+        return found
+
+
+def workers_of(client: Client) -> list[str]:
+    return list(client.scheduler_info(n_workers=-1)["workers"])
+
+
+def hold(gate: str) -> None:
+    """On a worker: count the chunks that it evaluates, none of which ends while the gate is there."""
+    import time
+    from pathlib import Path
+
+    import infra.forward as forward
+
+    real = forward.slope
+    forward.counted = 0
+
+    def held(*arguments: object) -> object:
+        while Path(gate).exists():
+            time.sleep(0.01)
+        forward.counted += 1
+        return real(*arguments)
+
+    forward.slope = held
+
+
+def counted() -> int:
+    import infra.forward as forward
+
+    return int(forward.counted)
+
+
+def test_a_worker_that_does_not_answer_is_not_waited_for(problem: Problem, tmp_path: Path) -> None:
+    """The limit of a slow worker: it holds its ranges for as long as the step lasts, and longer."""
+    steps, gate = Steps(problem), tmp_path / "gate"
+    with connect(3, None, 60) as client, DistributedCGE(client, problem) as source:
+        steps.on(source, 0)
+        slow, *fast = workers_of(client)
+        client.run(hold, str(gate), workers=[slow])
+        client.run(hold, str(tmp_path / "never"), workers=fast)
+        gate.touch()
+        steps.on(source, 1)
+        steps.on(source, 2)  # and while it still sits on a range of the step before
+        assert client.run(counted, workers=[slow]) == {slow: 0}
+        assert all(client.run(counted, workers=fast).values())
+        again = source.asked_again
+        assert 1 <= again <= 2 * 4, "of each step the range that it evaluates and, at most, the next ones in its queue"
+        gate.unlink()
+        steps.on(source, 3)
+        # What it was in the middle of it has given up after the chunk, and takes part again.
+        deadline = time.monotonic() + 30
+        while client.run(counted, workers=[slow])[slow] < 2:
+            assert time.monotonic() < deadline
+            steps.on(source, 3)
+
+
+def in_the_middle(source: DistributedCGE, action: Callable[[], None]) -> threading.Thread:
+    """Do something when some ranges of the next step are done and others are not."""
+    scheduler = source.client.cluster.scheduler
+
+    def act() -> None:
+        def done() -> int:
+            states = [task.state for key, task in list(scheduler.tasks.items()) if "-range-" in str(key)]
+            return states.count("memory") if states.count("processing") + states.count("queued") else 0
+
+        deadline = time.monotonic() + 60
+        while not done() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        action()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_workers_that_come_and_go_within_steps_change_no_bit(problem: Problem) -> None:
+    steps = Steps(problem)
+    with connect(1, None, 60) as client, DistributedCGE(client, problem) as source:
+        steps.on(source, 0)
+        (first,) = workers_of(client)
+
+        joining = in_the_middle(source, lambda: client.cluster.scale(2))
+        steps.on(source, 1)
+        joining.join(timeout=60)
+        client.wait_for_workers(2, timeout=60)
+        steps.on(source, 2)
+
+        (second,) = set(workers_of(client)) - {first}
+        retiring = in_the_middle(source, lambda: client.retire_workers([first], close_workers=True))
+        steps.on(source, 1)
+        retiring.join(timeout=60)
+        assert workers_of(client) == [second]
+
+        (pid,) = client.run(os.getpid).values()
+        killing = in_the_middle(source, lambda: os.kill(pid, signal.SIGKILL))
+        steps.on(source, 2)
+        killing.join(timeout=60)
+        assert not killing.is_alive()
+        assert pid not in client.run(os.getpid).values()
+
+
+def test_many_workers_get_many_ranges_and_a_short_step_few() -> None:
+    assert [count_for(workers, 100.0) for workers in (1, 8, 9, 100, 1024)] == [FEWEST, FEWEST, 27, 300, 3072]
+    assert count_for(1024, 1.0) == 200
+    assert count_for(1024, 0.001) == FEWEST
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5, 9])
+def test_a_range_is_divided_into_its_chunks_in_order(pieces: int) -> None:
+    import numpy as np
+
+    whole = Range(tuple((f"p{number}", np.arange(number + 1)) for number in range(5)))
+    parts = divided(whole, pieces)
+    assert len(parts) == min(pieces, 5)
+    assert [name for part in parts for name, _ in part.chunks] == [name for name, _ in whole.chunks]
+    assert max(len(part.chunks) for part in parts) - min(len(part.chunks) for part in parts) <= 1
