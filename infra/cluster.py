@@ -12,7 +12,7 @@ from distributed.comm import connect as dask_connect
 from configs.clusters import CudaWorkers, RunningScheduler
 from configs.schema import ClusterConfig
 from deepzero_core.errors import RequestError, WorkError
-from infra.launch import launch
+from infra.launch import launched
 from infra.own_code import own_code
 from infra.specs import ADDRESS, cluster_spec
 from infra.transport_security import security_of
@@ -53,7 +53,7 @@ def open_cluster(settings: ClusterConfig, *, mentions: Any = None) -> Iterator[C
             return
         if isinstance(spec, CudaWorkers) and spec.devices:
             workers = len(spec.devices)
-        with launch(spec, workers, timeout_s) as cluster, Client(cluster, timeout=timeout_s) as client:
+        with launched(spec, workers, timeout_s) as cluster, Client(cluster, timeout=timeout_s) as client:
             _wait(client, workers, timeout_s)
             with own_code(client, None if shares_disk(client) else mentions):
                 yield client

@@ -14,6 +14,7 @@ Workers that share no disk with this process are sent the training images (`ship
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from distributed import CancelledError, Client, Future, KilledWorker, Worker, WorkerPlugin, get_worker
+from distributed import wait as wait_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,7 +42,7 @@ from deepzero_core.perturb.objective import state_of
 from deepzero_core.training import Batch
 from deepzero_core.training.sources import Coordinates
 from infra.cluster import shares_disk
-from infra.ranges import Range, count_for, divided, joined, tapered
+from infra.ranges import MANY, Range, copies_for, divided, grouped, joined
 from infra.shipping import Parcel, Shipment, received
 from infra.stragglers import Answers, Task
 
@@ -223,10 +225,10 @@ def _evaluate_range(part: Range, plugin: str, state: StepState) -> list[np.ndarr
 
 @dataclass(frozen=True)
 class _Cut:
-    """The ranges of a mask, large ones first, and what the workers hold of them."""
+    """The ranges of a mask for so many workers, and what the workers hold of them."""
 
     coordinates: Coordinates | None
-    count: int
+    workers: int
     ranges: list[Range]
     costs: list[float]
     held: Future
@@ -290,27 +292,27 @@ class DistributedCGE:
         self, coordinates: Coordinates | None, chosen: Mapping[str, Tensor], base_of: Callable[[Evaluator], BasePass]
     ) -> _Cut:
         """Ranges for a mask and the workers there are, cut when one of them has changed."""
-        cut, evaluator, memory = self._cut, self._evaluator, self.problem.memory
+        cut, evaluator, workers = self._cut, self._evaluator, len(self._workers)
         assert evaluator is not None
-        known = cut is not None and cut.coordinates is coordinates
-        if cut is not None and known and cut.count == count_for(len(self._workers), cut.work.seconds(NOMINAL)):
+        if cut is not None and cut.coordinates is coordinates and cut.workers == workers:
             return cut
         base = base_of(evaluator)
-        parts = [(chunk.name, chunk.indices.numpy()) for chunk in chunks(evaluator, base, chosen, memory)]
+        parts = [(chunk.name, chunk.indices.numpy()) for chunk in chunks(evaluator, base, chosen, self.problem.memory)]
         each = {name: total(evaluator.cost(base, name)).seconds(NOMINAL) for name in chosen}
         costs = [len(indices) * each[name] for name, indices in parts]
-        done = work(evaluator, base, chosen, self.problem.difference)
-        number = count_for(len(self._workers), done.seconds(NOMINAL))
-        groups = tapered(costs, number)
+        groups = grouped(costs, workers)
         ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
         held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
         shares = [sum(costs[i] for i in group) for group in groups]
-        self._cut = _Cut(coordinates, number, ranges, shares, held, done)
+        done = work(evaluator, base, chosen, self.problem.difference)
+        self._cut = _Cut(coordinates, workers, ranges, shares, held, done)
         return self._cut
 
     def _tasks(self, state: StepState, cut: _Cut) -> list[Task]:
         """The base pass and the ranges, in the order in which they are to begin, large ones first."""
         held = self.client.submit(_hold, state, key=self._key("theta", state.name), pure=False)
+        if len(self._workers) >= MANY:
+            self._spread(held)
         base_key, numbers = self._key("base", state.name), range(len(cut.ranges))
         base = self.client.submit(_evaluate_base, self._name, held, key=base_key, pure=False)
         futures = self.client.map(
@@ -335,6 +337,12 @@ class DistributedCGE:
 
         ranges = zip(numbers, cut.costs, futures, strict=True)
         return [Task(0.0, base, base_again), *(Task(cost, f, partial(range_again, n)) for n, cost, f in ranges)]
+
+    def _spread(self, held: Future) -> None:
+        """Copy θ as a tree to some workers, from which the others then fetch it: not all from one."""
+        with suppress(KeyError, TimeoutError):  # a worker was lost on the way: others fetch from who has it
+            wait_for([held], timeout=self.timeout_s)
+            self.client.replicate([held], n=copies_for(len(self._workers)))
 
     def _answers(self, tasks: Sequence[Task], cut: _Cut) -> tuple[list[Range], list[Any]]:
         """What was evaluated, ranges or pieces of them; and the results, that of the base pass first."""

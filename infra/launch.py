@@ -5,29 +5,51 @@ Every worker is one process that computes on one thread.
 
 import logging
 import math
+import re
+import shutil
+import subprocess
+import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from distributed import LocalCluster as DaskLocalCluster
+from distributed import Status
 from distributed.deploy.cluster import Cluster
 
-from configs.clusters import CudaWorkers, KubernetesPods, LocalCluster, SlurmJobs
+from configs.clusters import ClusterSpec, CudaWorkers, KubernetesPods, LocalCluster, SlurmJobs
 from deepzero_core.errors import RequestError, WorkError
 from infra.transport_security import security_of
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_WALLTIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 _KUBERNETES_CLUSTER = "dask_kubernetes.operator"
 
 
-def launch(spec: LocalCluster | SlurmJobs | KubernetesPods | CudaWorkers, workers: int, timeout_s: float) -> Cluster:
-    """A cluster that has been asked for `workers` workers; to be closed by the caller.
+@contextmanager
+def launched(
+    spec: LocalCluster | SlurmJobs | KubernetesPods | CudaWorkers, workers: int, timeout_s: float
+) -> Iterator[Cluster]:
+    """A cluster that has been asked for `workers` workers, until the block ends.
 
     Raises:
-        RequestError: the library is not installed.
+        RequestError: the library is not installed, or SLURM refuses such jobs.
         WorkError: the library could not start it; its reason is given.
     """
+    cluster = _launch(spec, workers, timeout_s)
+    try:
+        yield cluster
+    finally:
+        try:
+            cluster.close()
+        except AssertionError:
+            # Dask's last check of its own closing, which a job fails that could not be submitted.
+            cluster.status = Status.closed
+
+
+def _launch(spec: ClusterSpec, workers: int, timeout_s: float) -> Cluster:
     start: Callable[[Any, int, float], Cluster] = _STARTS[type(spec)]
     try:
         return start(spec, workers, timeout_s)
@@ -51,9 +73,28 @@ def _local(spec: LocalCluster, workers: int, timeout_s: float) -> Cluster:
 
 
 def _slurm(spec: SlurmJobs, workers: int, timeout_s: float) -> Cluster:
-    cluster = _library("dask_jobqueue", "slurm").SLURMCluster(**slurm_arguments(spec, timeout_s))
+    cluster: Any = _library("dask_jobqueue", "slurm").SLURMCluster(**slurm_arguments(spec, timeout_s))
+    try:
+        _try(cluster.job_script())
+    except BaseException:
+        cluster.close()
+        raise
     cluster.scale(n=workers)
-    return cluster
+    return cast(Cluster, cluster)
+
+
+def _try(script: str) -> None:
+    """Ask SLURM whether it takes such a job. RequestError: it does not, or there is no SLURM."""
+    if shutil.which("sbatch") is None:
+        raise RequestError("cluster.spec 'slurm' needs SLURM's command sbatch, which is not on PATH")
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        command = ["sbatch", "--test-only", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode != 0:
+        reason = " ".join((done.stderr or done.stdout).split())
+        raise RequestError(f"SLURM refuses the job of cluster.spec 'slurm': {reason}")
 
 
 def slurm_arguments(spec: SlurmJobs, timeout_s: float) -> dict[str, Any]:
@@ -85,13 +126,13 @@ def lifetime(walltime: str) -> str:
 
     RequestError: another form.
     """
-    days, _, clock = walltime.rpartition("-")
-    parts = clock.split(":")
-    # minutes | minutes:seconds | hours:minutes:seconds, and after days: hours[:minutes[:seconds]]
-    units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}.get(len(parts), ()) if not days else (3600, 60, 1)[: len(parts)]
-    if not units or not all(part.isdigit() for part in (*parts, *([days] if days else []))):
+    match = _WALLTIME.fullmatch(walltime)
+    if match is None:
         raise RequestError(f"walltime {walltime!r} does not have SLURM's form [days-]hours:minutes:seconds")
-    seconds = int(days or 0) * 86_400 + sum(int(part) * unit for part, unit in zip(parts, units, strict=True))
+    parts = match["clock"].split(":")
+    # minutes | minutes:seconds | hours:minutes:seconds, and after days: hours[:minutes[:seconds]]
+    units = (3600, 60, 1)[: len(parts)] if match["days"] else (60, 1) if len(parts) < 3 else (3600, 60, 1)
+    seconds = int(match["days"] or 0) * 86_400 + sum(int(p) * unit for p, unit in zip(parts, units, strict=False))
     return f"{max(seconds - 120, seconds // 2)}s"
 
 

@@ -16,8 +16,10 @@ FEWEST = 24
 """Ranges of a step: enough for eight workers to end together, few enough that sending them costs next to nothing."""
 PER_WORKER = 3
 """Ranges for each of many workers: the largest is then two thirds of a worker's share."""
-SHORTEST_S = 5e-3
-"""A range that takes less, at the nominal peaks of a core, costs about as much to hand out as to evaluate."""
+HANDLING_S = 1e-3
+"""What a task costs the coordinator, which handles one at a time (`python -m benchmarks scaling`)."""
+MANY = 16
+"""Workers from which on θ is copied as a tree before ranges are sent."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,19 @@ class Range:
     chunks: tuple[tuple[str, np.ndarray], ...]
 
 
-def count_for(workers: int, seconds: float) -> int:
-    """Into how many ranges a step is cut that takes so many seconds at the nominal peaks of one core."""
-    return max(FEWEST, min(PER_WORKER * workers, int(seconds / SHORTEST_S)))
+def grouped(costs: Sequence[float], workers: int) -> list[list[int]]:
+    """Positions of chunks by range, in their order, for so many workers; costs: seconds of each chunk on one core.
+
+    n ranges take the coordinator n·h, and one of them a worker S/n where there are workers for all: the sum is least
+    for n = √(S/h). More are not worth it, however many workers there are, and there each gets one of n equal ranges.
+    """
+    wanted = max(FEWEST, min(PER_WORKER * workers, int((sum(costs) / HANDLING_S) ** 0.5)))
+    return tapered(costs, wanted) if wanted > workers else even(costs, wanted)
+
+
+def even(costs: Sequence[float], groups: int) -> list[list[int]]:
+    """Split positions into at most `groups` consecutive runs of about the same cost."""
+    return _split(costs, [(k + 1) / groups for k in range(groups)])
 
 
 def tapered(costs: Sequence[float], groups: int) -> list[list[int]]:
@@ -38,16 +50,25 @@ def tapered(costs: Sequence[float], groups: int) -> list[list[int]]:
     Shares fall linearly, (1 − (1 − k/groups)²) of the total in the first k: taken from one queue, the last ones are
     small enough for all workers to end together, and the first ones leave few tasks to be sent.
     """
+    return _split(costs, [1 - (1 - (k + 1) / groups) ** 2 for k in range(groups)])
+
+
+def _split(costs: Sequence[float], shares: Sequence[float]) -> list[list[int]]:
+    """Runs of positions that end where their share of the total is reached."""
     total, spent, runs = sum(costs), 0.0, []
     current: list[int] = []
     for position, cost in enumerate(costs):
         current.append(position)
         spent += cost
-        share = 1 - (1 - (len(runs) + 1) / groups) ** 2
-        if len(runs) + 1 < groups and spent >= total * share - 1e-12 * total:
+        if len(runs) + 1 < len(shares) and spent >= total * (shares[len(runs)] - 1e-12):
             runs.append(current)
             current = []
     return [*runs, current] if current else runs
+
+
+def copies_for(workers: int) -> int:
+    """On how many workers θ is before the others fetch it: each of these then sends it about as often."""
+    return max(1, round(workers**0.5)) if workers >= MANY else 1
 
 
 def divided(part: Range, pieces: int) -> list[Range]:

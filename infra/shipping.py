@@ -13,16 +13,15 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
-from distributed import Client, Future, get_worker, worker_client
+from distributed import Client, Future, Reschedule, get_client, get_worker
 
 from deepzero_core.errors import RequestError, WorkError
 
 BLOCK = 4 << 20
-_TIMEOUT_S = 120.0
+_PATIENCE_S = 10.0
 _CHECKED: set[Path] = set()
 _TURN = threading.Lock()
 
@@ -76,7 +75,8 @@ def received(parcel: Parcel) -> Path:
     """The file on this worker's disk, fetched where it is not there already. To be called in a task.
 
     Raises:
-        WorkError: its blocks are gone, or are not what was sent; the disk failed.
+        Reschedule: a block is not to be had for a while; the worker may have to make it again itself.
+        WorkError: the blocks are not what was sent; the disk failed.
     """
     folder = Path(get_worker().local_directory).parent / "deepzero-files"
     path = folder / parcel.digest
@@ -92,15 +92,12 @@ def received(parcel: Parcel) -> Path:
 
 
 def _fetch(parcel: Parcel, path: Path) -> None:
-    digest = hashlib.sha256()
+    digest, client = hashlib.sha256(), get_client()
     handle, staging = tempfile.mkstemp(dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file, worker_client() as client:
+        with os.fdopen(handle, "wb") as file:
             for key in parcel.blocks:
-                future = Future(key, client)
-                # Dask tells a client of the keys that it has asked for, and has no public way to ask for one by name.
-                client._send_to_scheduler({"op": "client-desires-keys", "keys": [key]})
-                block: Any = future.result(timeout=_TIMEOUT_S)
+                block = _block(client, key)
                 digest.update(block)
                 file.write(block)
         if digest.hexdigest() != parcel.digest:
@@ -108,6 +105,18 @@ def _fetch(parcel: Parcel, path: Path) -> None:
         Path(staging).replace(path)
     finally:
         Path(staging).unlink(missing_ok=True)
+
+
+def _block(client: Client, key: str) -> bytes:
+    future = Future(key, client)
+    # Dask tells a client of the keys that it has asked for, and has no public way to ask for one by name.
+    client._send_to_scheduler({"op": "client-desires-keys", "keys": [key]})
+    try:
+        block: bytes = future.result(timeout=_PATIENCE_S)
+        return block
+    except TimeoutError:
+        # Who held it may be lost, and this worker's one thread the only one that can make it again.
+        raise Reschedule from None
 
 
 def _is(path: Path, parcel: Parcel) -> bool:

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
 
+import psutil
 import pytest
 
 from configs import load
@@ -174,8 +178,10 @@ def test_the_job_that_dask_jobqueue_makes() -> None:
 
 
 SBATCH = """#!/bin/sh
-# A SLURM of one node: the script that it is given runs at once.
-setsid sh "$1" >/dev/null 2>&1 &
+# A SLURM of one node: the script that it is given, which it keeps as the real one does, runs at once.
+[ "$1" = --test-only ] && exit 0
+cp "$1" "$JOBS.$$"
+setsid sh "$JOBS.$$" >/dev/null 2>&1 &
 echo $! >> "$JOBS"
 echo "Submitted batch job $!"
 """
@@ -183,46 +189,68 @@ SCANCEL = """#!/bin/sh
 for job in "$@"; do kill -- "-$job" 2>/dev/null; done
 exit 0
 """
+REFUSING = """#!/bin/sh
+echo "sbatch: error: invalid partition specified: lnog" >&2
+exit 1
+"""
+FULL = """#!/bin/sh
+[ "$1" = --test-only ] && exit 0
+exit 1
+"""
 
 
-def test_jobs_are_submitted_used_and_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the configuration to workers that answer, with an sbatch that runs what it is given."""
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts programs where SLURM's would be."""
     pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed: pip install '.[slurm]'")
-    for name, text in (("sbatch", SBATCH), ("scancel", SCANCEL)):
-        program = tmp_path / name
-        program.write_text(text)
-        program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    jobs = tmp_path / "jobs"
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("JOBS", str(jobs))
-    options = {"interface": "lo", "scratch": str(tmp_path / "scratch"), "workers_per_job": 1}
+
+    def install(**programs: str) -> None:
+        for name, text in programs.items():
+            program = tmp_path / name
+            program.write_text(text)
+            program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        # Where there is a real SLURM, it stays out of sight.
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.defpath}" if programs else str(tmp_path))
+        monkeypatch.setenv("JOBS", str(tmp_path / "jobs"))
+
+    return install
+
+
+def test_jobs_are_submitted_used_and_cancelled(slurm: Callable[..., None], tmp_path: Path) -> None:
+    """From the configuration to workers that answer, with an sbatch that runs what it is given."""
+    slurm(sbatch=SBATCH, scancel=SCANCEL)
+    jobs, options = tmp_path / "jobs", {"interface": "lo", "scratch": str(tmp_path / "scratch")}
     try:
         with open_cluster(ClusterConfig(workers=2, spec="slurm", options=options, timeout_s=60)) as client:
             info = client.scheduler_info(n_workers=-1)["workers"].values()
             assert [worker["nthreads"] for worker in info] == [1, 1]
             assert set(client.run(lambda: __import__("os").environ["OMP_NUM_THREADS"]).values()) == {"1"}
-            pids = list(client.run(os.getpid).values())
+            processes = [psutil.Process(pid) for pid in client.run(os.getpid).values()]
         assert len(jobs.read_text().split()) == 2
-        for pid in pids:
-            assert not Path(f"/proc/{pid}").exists() or ended(pid)
+        assert not psutil.wait_procs(processes, timeout=20)[1]
     finally:
         for job in jobs.read_text().split() if jobs.exists() else ():
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(int(job), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
 
 
-def ended(pid: int) -> bool:
-    import psutil
-
-    return not psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=20)[1]
-
-
-def test_an_sbatch_that_is_not_there_is_a_failure_of_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed: pip install '.[slurm]'")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(WorkError), open_cluster(ClusterConfig(workers=1, spec="slurm", timeout_s=2)):
+@pytest.mark.parametrize(
+    "program, error, message",
+    [
+        (None, RequestError, "needs SLURM's command sbatch, which is not on PATH"),
+        (REFUSING, RequestError, "SLURM refuses the job of cluster.spec 'slurm': sbatch: error: invalid partition"),
+        (FULL, WorkError, "0 of 1 Dask workers came within 1 s"),
+    ],
+    ids=["absent", "refusing", "full"],
+)
+def test_a_slurm_that_takes_no_jobs(
+    slurm: Callable[..., None], program: str | None, error: type[Exception], message: str
+) -> None:
+    slurm(**({} if program is None else {"sbatch": program, "scancel": SCANCEL}))
+    with (
+        pytest.raises(error, match=re.escape(message)),
+        open_cluster(ClusterConfig(workers=1, spec="slurm", options={"interface": "lo"}, timeout_s=1)),
+    ):
         pass
 
 

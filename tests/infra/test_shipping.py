@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,8 @@ def arrivals(client: Client, parcel: Parcel) -> list[tuple[str, bytes]]:
         return str(path), path.read_bytes()
 
     workers = list(client.scheduler_info(n_workers=-1)["workers"])
-    return client.gather([client.submit(arrive, parcel, workers=[worker], pure=False) for worker in workers])
+    futures = [client.submit(arrive, parcel, workers=[worker], pure=False) for worker in workers]
+    return [future.result(timeout=60) for future in futures]
 
 
 def test_a_file_of_several_blocks_arrives_on_every_worker_and_stays(client: Client, tmp_path: Path) -> None:
@@ -72,13 +74,25 @@ def test_other_content_than_was_sent_is_refused(client: Client) -> None:
             arrivals(client, forged)
 
 
+def kill(client: Client, number: int) -> None:
+    """Some of the two workers; back when there are two again that answer."""
+    killed = list(client.run(os.getpid).values())[:number]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while True:
+        answers = client.run(os.getpid, on_error="ignore").values()
+        if len(answers) == 2 and not set(answers) & set(killed):
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_blocks_of_a_lost_worker_are_made_again(client: Client) -> None:
     with Shipment(client) as shipment:
         parcel = shipment.content(np.random.default_rng(1).bytes(3 * BLOCK))
         client.gather([client.submit(len, key, pure=False) for key in parcel.blocks])
-        for pid in client.run(os.getpid).values():
-            os.kill(pid, signal.SIGKILL)
-        client.wait_for_workers(2, timeout=60)
+        kill(client, 2)
         assert {len(data) for _, data in arrivals(client, parcel)} == {parcel.size}
 
 
@@ -140,14 +154,13 @@ def test_own_code_is_on_workers_within_the_block_and_as_it_is_now(client: Client
             return int(ownnet.nets.small())
 
         workers = list(client.scheduler_info(n_workers=-1)["workers"])
-        return set(client.gather([client.submit(small, workers=[worker], pure=False) for worker in workers]))
+        futures = [client.submit(small, workers=[worker], pure=False) for worker in workers]
+        return {future.result(timeout=60) for future in futures}
 
     client.run(lambda path: sys.path.remove(path) if path in sys.path else None, str(own))
     with own_code.own_code(client, "ownnet.nets:small"):
         assert ask() == {1}
-        pid = next(iter(client.run(os.getpid).values()))
-        os.kill(pid, signal.SIGKILL)
-        client.wait_for_workers(2, timeout=60)
+        kill(client, 1)
         assert ask() == {1}, "a worker that comes later has it too"
     (own / "ownhelp.py").write_text("WIDTH = 2\n")
     with own_code.own_code(client, "ownnet.nets:small"):

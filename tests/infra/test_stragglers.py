@@ -11,15 +11,16 @@ from pathlib import Path
 import cloudpickle
 import pytest
 import torch
-from distributed import Client
+from distributed import Client, Future
 from torch.nn import functional as F
 
 from deepzero_core import GradientEstimate
 from deepzero_core.data import prepare
 from deepzero_core.training import Batch, CGESource
+from infra import forward, ranges
 from infra.cluster import connect
 from infra.forward import DistributedCGE, Problem
-from infra.ranges import FEWEST, Range, count_for, divided
+from infra.ranges import FEWEST, Range, divided, grouped
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -65,7 +66,7 @@ def hold(gate: str) -> None:
     import time
     from pathlib import Path
 
-    import infra.forward as forward
+    from infra import forward
 
     real = forward.slope
     forward.counted = 0
@@ -80,7 +81,7 @@ def hold(gate: str) -> None:
 
 
 def counted() -> int:
-    import infra.forward as forward
+    from infra import forward
 
     return int(forward.counted)
 
@@ -155,9 +156,38 @@ def test_workers_that_come_and_go_within_steps_change_no_bit(problem: Problem) -
 
 
 def test_many_workers_get_many_ranges_and_a_short_step_few() -> None:
-    assert [count_for(workers, 100.0) for workers in (1, 8, 9, 100, 1024)] == [FEWEST, FEWEST, 27, 300, 3072]
-    assert count_for(1024, 1.0) == 200
-    assert count_for(1024, 0.001) == FEWEST
+    def number(workers: int, seconds: float) -> int:
+        return len(grouped([seconds / 5000] * 5000, workers))
+
+    assert [number(workers, 1000.0) for workers in (1, 8, 9, 100, 1024)] == [FEWEST, FEWEST, 27, 300, 1000]
+    assert [number(1024, seconds) for seconds in (1000.0, 4.0, 0.001)] == [1000, 63, FEWEST]
+    assert grouped([], 3) == []
+
+
+def test_where_there_is_a_worker_for_every_range_they_are_equal() -> None:
+    sizes = {len(group) for group in grouped([0.001] * 4000, 1024)}
+    assert max(sizes) - min(sizes) <= 1
+    some = grouped([0.25] * 4000, 10)
+    assert len(some[0]) > 2 * len(some[-1]), "and where there is not, the last are small"
+
+
+def test_theta_is_spread_before_many_workers_fetch_it(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "MANY", 2)
+    monkeypatch.setattr(forward, "MANY", 2)
+    monkeypatch.setattr(forward, "copies_for", lambda workers: workers)
+    assert [ranges.copies_for(workers) for workers in (1, 2, 100, 1024)] == [1, 1, 10, 32]
+    steps = Steps(problem)
+    with connect(2, None, 60) as client, DistributedCGE(client, problem) as source:
+        seen: list[int] = []
+        real = client.replicate
+
+        def replicate(futures: list[Future], n: int) -> None:
+            real(futures, n=n)
+            seen.extend(len(who) for who in client.who_has(futures).values())
+
+        monkeypatch.setattr(client, "replicate", replicate)
+        steps.on(source, 0)
+    assert seen == [2]
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 5, 9])

@@ -41,6 +41,12 @@ class Scale(nn.Module):
     def forward(self, x):
         return x * self.factor
 """
+STRANGER = """
+from configs.schema import ClusterConfig
+from infra.cluster import open_cluster
+with open_cluster(ClusterConfig(workers=1, address={address!r}, timeout_s=3)):
+    pass
+"""
 
 
 def ip(*arguments: str, check: bool = True) -> None:
@@ -125,40 +131,43 @@ def test_workers_of_another_host_give_the_same_bits(
     second = plain | certificates["second"] | {"DEEPZERO_HOME": str(there / "home"), "PYTHONPATH": str(site)}
     address = f"tls://{FIRST}:8786"
     scheduler = ["-m", "distributed.cli.dask_scheduler", "--host", FIRST, "--port", "8786", "--protocol", "tls"]
-    worker = ["-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--protocol", "tls", "--no-dashboard"]
-    worker += ["--host", SECOND, "--local-directory", str(there / "scratch"), *options(certificates["second"])]
+    arguments = ["-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--protocol", "tls", "--no-dashboard"]
+    arguments += ["--host", SECOND, "--local-directory", str(there / "scratch"), *options(certificates["second"])]
     # Nothing of the first host is to be seen by the second.
     hide = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(here)]
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
 
-    def start(namespace: str, command: list[str], environment: dict[str, str], folder: Path) -> "subprocess.Popen[str]":
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", namespace, *command], cwd=folder, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=(tmp_path / f"log{len(processes)}").open("w"), start_new_session=True,
-        )  # fmt: skip
-        processes.append(process)
-        return process
+    def start(namespace: str, command: list[str], environment: dict[str, str], folder: Path) -> int:
+        """The number of the process, whose output goes to a file."""
+        number = len(processes)
+        command = ["ip", "netns", "exec", namespace, *command]
+        with (tmp_path / f"log{number}").open("w") as log, (tmp_path / f"output{number}").open("w") as output:
+            processes.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=log))
+        return number
+
+    def log(number: int) -> str:
+        return (tmp_path / f"log{number}").read_text()
 
     try:
-        start(
-            namespaces[0], [sys.executable, *scheduler, "--no-dashboard", *options(certificates["first"])], first, here
-        )
-        start(namespaces[1], [*hide, sys.executable, *worker], second, elsewhere)
+        scheduler += ["--no-dashboard", *options(certificates["first"])]
+        start(namespaces[0], [sys.executable, *scheduler], first, here)
+        worker = start(namespaces[1], [*hide, sys.executable, *arguments], second, elsewhere)
         scratch = here / "run"
         scratch.mkdir()
         script = [sys.executable, str(Path(__file__).with_name("two_hosts.py")), address, str(store), str(scratch)]
         run = start(namespaces[0], script, first, here)
-        output, _ = run.communicate(timeout=120)
-        assert run.returncode == 0, (tmp_path / "log2").read_text() + (tmp_path / "log1").read_text()
+        assert processes[run].wait(timeout=120) == 0, log(run) + log(worker)
         # Somebody whose certificate is of another authority gets no word out of the scheduler.
+        script = [sys.executable, "-c", STRANGER.format(address=address)]
         stranger = start(namespaces[0], script, first | certificates["stranger"], here)
-        assert stranger.wait(timeout=120) != 0
-        assert "no Dask scheduler answers" in (tmp_path / "log3").read_text()
+        assert processes[stranger].wait(timeout=60) != 0
+        assert "no Dask scheduler answers" in log(stranger)
     finally:
         for process in processes:
             process.terminate()
         for process in processes:
             process.wait(timeout=30)
+    output = (tmp_path / f"output{run}").read_text()
     found = json.loads(output)
     assert found["same"] and all(found["same"]) and found["tables"]
     assert len(found["workers"]) == 1 and found["workers"][0].startswith(f"tls://{SECOND}:")
