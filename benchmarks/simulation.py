@@ -4,7 +4,7 @@
                   out, and takes answers; a worker has at most one task beside the one that it evaluates
     client        sends all tasks of a step before it waits, and gathers all answers at the end
     worker        fetches θ with its first task of a step, from a worker that has it, and makes the base pass
-    θ             leaves a worker one copy after the other; the first copies are made as a tree, before tasks are sent
+    θ             leaves a worker one copy after the other; the first copies are made before the tasks are sent
 
 Times are seconds. Nothing is drawn at random: of two things at the same moment the one noted first comes first.
 """
@@ -95,8 +95,9 @@ def simulate(load: Load, costs: Costs, workers: int, *, copies: int = 1) -> Step
     """One step on so many workers."""
     half, transfer, tasks = costs.round_trip / 2, load.theta / costs.bandwidth, len(load.tasks)
     coordinator = _Coordinator()
-    spread = coordinator.handle(costs.step, (copies - 1) * costs.coordinator_worker)
-    start = spread + (copies - 1).bit_length() * (transfer + costs.round_trip)
+    sent = costs.step + (copies - 1) * costs.client_task
+    spread = coordinator.handle(sent, (copies - 1) * (costs.coordinator_task + costs.coordinator_worker))
+    start = spread + (copies - 1) * transfer + (costs.round_trip if copies > 1 else 0.0)
     pool, serial, waiting = _Workers(workers, copies, start, load, transfer), count(), iter(load.tasks)
     answers: list[tuple[float, int, int]] = []
 

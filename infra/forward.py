@@ -160,7 +160,6 @@ class ForwardWorker(WorkerPlugin):
             found = []
             for name, indices in work.chunks:
                 if key in self._given_up:
-                    self._given_up.discard(key)
                     return []
                 found.append(self._slope(base, name, indices))
             return found
@@ -180,6 +179,7 @@ class ForwardWorker(WorkerPlugin):
     def _base_of(self, state: StepState) -> BasePass:
         """The base pass of a step, kept until the next: every range of the step reads it."""
         if self._base is None or self._base[0] != state.name:
+            self._given_up.clear()
             if self._built is None:
                 module = self._problem.build_module().train().to(self._device)
                 self._built = module, self._problem.build_batches(self._images)
@@ -204,6 +204,10 @@ def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 def _hold(value: Any) -> Any:
     """A task whose only purpose is that its result is cached on workers and rebuilt from the graph when lost."""
     return value
+
+
+def _seen(value: Any) -> None:
+    """A task whose only purpose is that its worker has its argument."""
 
 
 def _evaluate_base(plugin: str, state: StepState) -> Unperturbed | None:
@@ -339,10 +343,19 @@ class DistributedCGE:
         return [Task(0.0, base, base_again), *(Task(cost, f, partial(range_again, n)) for n, cost, f in ranges)]
 
     def _spread(self, held: Future) -> None:
-        """Copy θ as a tree to some workers, from which the others then fetch it: not all from one."""
-        with suppress(KeyError, TimeoutError):  # a worker was lost on the way: others fetch from who has it
-            wait_for([held], timeout=self.timeout_s)
-            self.client.replicate([held], n=copies_for(len(self._workers)))
+        """Have some workers fetch θ first, so that the others need not all fetch it from one.
+
+        `Client.replicate` does so as well, but tells of it in an event that no subscriber can be sent.
+        """
+        first = sorted(self._workers)[: copies_for(len(self._workers))]
+        options = {"pure": False, "allow_other_workers": True}
+        key = self._key("copy", uuid4().hex)
+        copies = [
+            self.client.submit(_seen, held, workers=[worker], key=f"{key}-{number}", **options)
+            for number, worker in enumerate(first)
+        ]
+        with suppress(TimeoutError):  # the step itself will tell who does not answer
+            wait_for(copies, timeout=self.timeout_s)
 
     def _answers(self, tasks: Sequence[Task], cut: _Cut) -> tuple[list[Range], list[Any]]:
         """What was evaluated, ranges or pieces of them; and the results, that of the base pass first."""
@@ -364,8 +377,9 @@ class DistributedCGE:
             address = self.client.scheduler.address
             raise WorkError(f"the Dask scheduler at {address} was lost in the middle of a step") from error
         finally:
-            if self.client.status == "running":
-                self.client.cancel([future for future in answers.futures() if not future.done()])
+            open_still = [future for future in answers.futures() if not future.done()]
+            if open_still and self.client.status == "running":
+                self.client.cancel(open_still)  # nobody waits for them any more
 
     def _report(self, event: tuple[float, Any]) -> None:
         message = event[1]

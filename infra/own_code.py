@@ -10,6 +10,7 @@ import ast
 import hashlib
 import importlib
 import io
+import site
 import sys
 import sysconfig
 import zipfile
@@ -133,7 +134,8 @@ def _places(name: str) -> list[Path]:
 
 
 def _is_own(name: str) -> bool:
-    installed = [Path(path).resolve() for key, path in sysconfig.get_paths().items() if key.endswith(("lib", "stdlib"))]
+    libraries = [path for key, path in sysconfig.get_paths().items() if key.endswith("lib")]
+    installed = [Path(path).resolve() for path in (*libraries, *site.getsitepackages(), site.getusersitepackages())]
     places = _places(name)
     return (
         name not in _OURS

@@ -19,7 +19,7 @@ PER_WORKER = 3
 HANDLING_S = 1e-3
 """What a task costs the coordinator, which handles one at a time (`python -m benchmarks scaling`)."""
 MANY = 16
-"""Workers from which on θ is copied as a tree before ranges are sent."""
+"""Workers from which on θ is with some of them before ranges are sent."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _split(costs: Sequence[float], shares: Sequence[float]) -> list[list[int]]:
 
 
 def copies_for(workers: int) -> int:
-    """On how many workers θ is before the others fetch it: each of these then sends it about as often."""
+    """How many workers fetch θ from the first before the others do from them: all send it about equally often."""
     return max(1, round(workers**0.5)) if workers >= MANY else 1
 
 
