@@ -1,9 +1,13 @@
 """The Dask cluster that forward passes are evaluated on: a client of it, for as long as a block lasts."""
 
 import asyncio
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
+from uuid import uuid4
 
 import dask
 from distributed import Client, LocalCluster, Security
@@ -12,6 +16,7 @@ from distributed.comm import connect as dask_connect
 from configs.clusters import CudaWorkers, RunningScheduler
 from configs.schema import ClusterConfig
 from deepzero_core.errors import RequestError, WorkError
+from infra.home import home
 from infra.launch import launched
 from infra.own_code import own_code
 from infra.specs import ADDRESS, cluster_spec
@@ -28,6 +33,8 @@ _SETTINGS = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
 }
+
+_LOOPBACK = re.compile(r"\w+://(127\.|localhost[:/]|\[::1\])")
 
 
 @contextmanager
@@ -55,13 +62,33 @@ def open_cluster(settings: ClusterConfig, *, mentions: Any = None) -> Iterator[C
             workers = len(spec.devices)
         with launched(spec, workers, timeout_s) as cluster, Client(cluster, timeout=timeout_s) as client:
             _wait(client, workers, timeout_s)
-            with own_code(client, None if shares_disk(client) else mentions):
+            with own_code(client, None if isinstance(cluster, LocalCluster) else mentions):
                 yield client
 
 
 def shares_disk(client: Client) -> bool:
-    """Whether all workers are processes that this one has started, on its own machine: paths mean the same to them."""
-    return isinstance(client.cluster, LocalCluster)
+    """Whether paths mean the same to all workers there are: processes that this one has started, or of this machine.
+
+    Workers of a scheduler on loopback are asked what stands in a file.
+    """
+    if isinstance(client.cluster, LocalCluster):
+        return True
+    if not _LOOPBACK.match(client.scheduler.address):
+        return False
+    folder, token = home(), uuid4().hex
+    folder.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile("w", dir=folder, prefix="seen-", encoding="ascii") as file:
+        file.write(token)
+        file.flush()
+        found = client.run(_content, file.name).values()
+    return bool(found) and all(content == token for content in found)
+
+
+def _content(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ from deepzero_core import GradientEstimate, draw_masks
 from deepzero_core.data import BatchSource, prepare
 from deepzero_core.errors import WorkError
 from deepzero_core.training import Batch, CGESource, Schedule, Trainer, TrainingSettings
-from infra import cluster
+from infra import cluster, forward
 from infra.cluster import connect
 from infra.forward import DistributedCGE, Problem
 from infra.ranges import FEWEST, tapered
@@ -162,6 +163,20 @@ def test_nothing_is_left_on_the_cluster(small: Problem, two: Client) -> None:
     while any(two.run(lambda dask_worker: len(dask_worker.data)).values()):
         assert time.monotonic() < deadline, "θ, coordinates and results stay in the workers' memory"
         time.sleep(0.1)
+
+
+def test_workers_that_do_not_see_the_store_are_sent_its_images(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = problem(tmp_path / "store")
+    shutil.copytree(store, own.store)
+    module, batches = own.build_module().train(), own.build_batches()
+    expected = [here(own, module, batch_of(batches, number), None) for number in range(2)]
+    monkeypatch.setattr(forward, "shares_disk", lambda client: False)
+    with connect(1, None, 60) as client, DistributedCGE(client, own) as source:
+        own.store.rename(tmp_path / "elsewhere")
+        for number, estimate in enumerate(expected):
+            assert_same(source.estimate(module, batch_of(batches, number), None), estimate)
 
 
 def while_it_runs(client: Client, action: Callable[[], None], *, done: int = 1) -> threading.Thread:

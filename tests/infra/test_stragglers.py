@@ -33,10 +33,10 @@ def steps(problem: Problem) -> "Steps":
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     """A step of many chunks, so that things happen within it."""
-    model = {"name": "cnn", "in_channels": 1, "num_classes": 10, "image_size": (8, 8), "depth": 2, "width": 10}
+    model = {"name": "cnn", "in_channels": 1, "num_classes": 10, "image_size": (8, 8), "depth": 3, "width": 10}
     return Problem(
         store=prepare("digits", home=tmp_path_factory.mktemp("digits")).path,
-        batches={"batch_size": 64, "seed": 0, "augmentation": {"crop_padding": 0, "flip": False}, "limit": 512},
+        batches={"batch_size": 128, "seed": 0, "augmentation": {"crop_padding": 0, "flip": False}, "limit": 512},
         model={**model, "arguments": {}, "seed": 0},
         mu=5e-3,
         difference="forward",

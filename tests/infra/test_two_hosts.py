@@ -156,10 +156,10 @@ def test_workers_of_another_host_give_the_same_bits(
         scratch.mkdir()
         script = [sys.executable, str(Path(__file__).with_name("two_hosts.py")), address, str(store), str(scratch)]
         run = start(namespaces[0], script, first, here)
-        assert processes[run].wait(timeout=120) == 0, log(run) + log(worker)
         # Somebody whose certificate is of another authority gets no word out of the scheduler.
         script = [sys.executable, "-c", STRANGER.format(address=address)]
         stranger = start(namespaces[0], script, first | certificates["stranger"], here)
+        assert processes[run].wait(timeout=120) == 0, log(run) + log(worker)
         assert processes[stranger].wait(timeout=60) != 0
         assert "no Dask scheduler answers" in log(stranger)
     finally:
