@@ -79,7 +79,9 @@ class Measured:
 
     def after(self, costs: Costs, workers: int) -> Step:
         """As ranges are handed out."""
-        return simulate(self.load(grouped(self.nominal, workers)), costs, workers, copies=copies_for(workers))
+        groups = grouped(self.nominal, workers)
+        copies = copies_for(min(workers, len(groups)), self.theta)
+        return simulate(self.load(groups), costs, workers, copies=copies)
 
     def before(self, costs: Costs, workers: int) -> Step:
         """As they were."""

@@ -42,7 +42,7 @@ from deepzero_core.perturb.objective import state_of
 from deepzero_core.training import Batch
 from deepzero_core.training.sources import Coordinates
 from infra.cluster import shares_disk
-from infra.ranges import MANY, Range, copies_for, divided, grouped, joined
+from infra.ranges import Range, copies_for, divided, grouped, joined
 from infra.shipping import Parcel, Shipment, received
 from infra.stragglers import Answers, Task
 
@@ -117,6 +117,10 @@ class StepState:
     parameters: dict[str, np.ndarray]
     buffers: dict[str, np.ndarray]
     random_seed: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for arrays in (self.parameters, self.buffers) for array in arrays.values())
 
 
 @dataclass(frozen=True)
@@ -315,8 +319,9 @@ class DistributedCGE:
     def _tasks(self, state: StepState, cut: _Cut) -> list[Task]:
         """The base pass and the ranges, in the order in which they are to begin, large ones first."""
         held = self.client.submit(_hold, state, key=self._key("theta", state.name), pure=False)
-        if len(self._workers) >= MANY:
-            self._spread(held)
+        copies = copies_for(min(len(self._workers), len(cut.ranges)), state.bytes)
+        if copies > 1:
+            self._spread(held, copies)
         base_key, numbers = self._key("base", state.name), range(len(cut.ranges))
         base = self.client.submit(_evaluate_base, self._name, held, key=base_key, pure=False)
         futures = self.client.map(
@@ -342,20 +347,19 @@ class DistributedCGE:
         ranges = zip(numbers, cut.costs, futures, strict=True)
         return [Task(0.0, base, base_again), *(Task(cost, f, partial(range_again, n)) for n, cost, f in ranges)]
 
-    def _spread(self, held: Future) -> None:
+    def _spread(self, held: Future, copies: int) -> None:
         """Have some workers fetch θ first, so that the others need not all fetch it from one.
 
         `Client.replicate` does so as well, but tells of it in an event that no subscriber can be sent.
         """
-        first = sorted(self._workers)[: copies_for(len(self._workers))]
         options = {"pure": False, "allow_other_workers": True}
         key = self._key("copy", uuid4().hex)
-        copies = [
+        seen = [
             self.client.submit(_seen, held, workers=[worker], key=f"{key}-{number}", **options)
-            for number, worker in enumerate(first)
+            for number, worker in enumerate(sorted(self._workers)[:copies])
         ]
         with suppress(TimeoutError):  # the step itself will tell who does not answer
-            wait_for(copies, timeout=self.timeout_s)
+            wait_for(seen, timeout=self.timeout_s)
 
     def _answers(self, tasks: Sequence[Task], cut: _Cut) -> tuple[list[Range], list[Any]]:
         """What was evaluated, ranges or pieces of them; and the results, that of the base pass first."""

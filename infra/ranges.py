@@ -18,8 +18,8 @@ PER_WORKER = 3
 """Ranges for each of many workers: the largest is then two thirds of a worker's share."""
 HANDLING_S = 1e-3
 """What a task costs the coordinator, which handles one at a time (`python -m benchmarks scaling`)."""
-MANY = 16
-"""Workers from which on θ is with some of them before ranges are sent."""
+MUCH = 32 << 20
+"""Bytes of θ, in all its copies, that one worker sends to the others: more of them are sent by several."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def _split(costs: Sequence[float], shares: Sequence[float]) -> list[list[int]]:
     return [*runs, current] if current else runs
 
 
-def copies_for(workers: int) -> int:
-    """How many workers fetch θ from the first before the others do from them: all send it about equally often."""
-    return max(1, round(workers**0.5)) if workers >= MANY else 1
+def copies_for(workers: int, theta: int) -> int:
+    """How many workers have θ, of so many bytes, before the others fetch it from them: all send it equally often."""
+    return max(1, round(workers**0.5)) if workers * theta > MUCH else 1
 
 
 def divided(part: Range, pieces: int) -> list[Range]:

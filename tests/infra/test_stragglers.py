@@ -180,15 +180,16 @@ def test_where_there_is_a_worker_for_every_range_they_are_equal() -> None:
 def test_theta_is_with_some_workers_before_the_others_fetch_it(
     steps: Steps, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert [ranges.copies_for(workers) for workers in (1, 15, 16, 100, 1024)] == [1, 1, 4, 10, 32]
-    monkeypatch.setattr(forward, "MANY", 2)
-    monkeypatch.setattr(forward, "copies_for", lambda workers: workers)
+    mib = 1 << 20
+    assert [ranges.copies_for(workers, mib) for workers in (1, 32, 33, 100, 1024)] == [1, 1, 6, 10, 32]
+    assert ranges.copies_for(1024, 1 << 14) == 1
+    monkeypatch.setattr(forward, "copies_for", lambda workers, theta: workers)
     seen: list[int] = []
     with connect(2, None, 60) as client, DistributedCGE(client, problem) as source:
         real = source._spread
 
-        def spread(held: Future) -> None:
-            real(held)
+        def spread(held: Future, copies: int) -> None:
+            real(held, copies)
             seen.extend(len(workers) for workers in client.who_has([held]).values())
 
         monkeypatch.setattr(source, "_spread", spread)
