@@ -26,7 +26,8 @@ from benchmarks.workers import problem_of
 from deepzero_core.errors import WorkError
 from deepzero_core.training import Batch
 from infra.cluster import connect
-from infra.forward import DistributedCGE, Problem
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 from infra.ranges import tapered
 
 TIMEOUT_S = 120.0

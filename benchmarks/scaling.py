@@ -42,7 +42,8 @@ from deepzero_core.perturb.objective import state_of
 from deepzero_core.sparsity import maskable_parameters
 from deepzero_core.training import Batch
 from infra.cluster import connect
-from infra.forward import DistributedCGE, Problem
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 from infra.ranges import FEWEST, copies_for, grouped, tapered
 from tasks.problem import problem_of as problem_of_experiment
 from tasks.records import Prepared

@@ -14,7 +14,8 @@ from deepzero_core.estimators.cge import DEFAULT_MEMORY
 from deepzero_core.perturb.coordinates import count, resolve
 from deepzero_core.training import Batch
 from infra.cluster import connect
-from infra.forward import DistributedCGE, Problem
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 
 TIMEOUT_S = 600.0
 

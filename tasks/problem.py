@@ -5,7 +5,7 @@ from typing import Any, Literal
 from configs.defence import Defence
 from configs.schema import Experiment, ModelConfig
 from deepzero_core.data import BatchSource, ImageStore, Split
-from infra.forward import Problem
+from infra.problem import Problem
 from infra.specs import device_of
 from tasks.records import Prepared
 

@@ -30,7 +30,8 @@ from deepzero_core.training import (
     TrainingSettings,
 )
 from infra.cluster import open_cluster
-from infra.forward import DistributedCGE, Problem
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 from tasks.evaluate import score
 from tasks.loop import Loop
 from tasks.prediction import Yardstick, work_of_a_step

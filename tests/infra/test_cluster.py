@@ -19,7 +19,8 @@ from deepzero_core.data import prepare
 from deepzero_core.errors import RequestError, WorkError
 from deepzero_core.training import Batch, CGESource
 from infra.cluster import connect
-from infra.forward import DistributedCGE, Problem
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 

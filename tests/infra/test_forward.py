@@ -25,7 +25,8 @@ from deepzero_core.errors import WorkError
 from deepzero_core.training import Batch, CGESource, Schedule, Trainer, TrainingSettings
 from infra import cluster, forward
 from infra.cluster import connect
-from infra.forward import DistributedCGE, Problem
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 from infra.ranges import FEWEST, tapered
 
 MEMORY = 1 << 20

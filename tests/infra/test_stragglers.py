@@ -19,7 +19,8 @@ from deepzero_core.data import prepare
 from deepzero_core.training import Batch, CGESource
 from infra import forward, ranges
 from infra.cluster import connect
-from infra.forward import DistributedCGE, Problem
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 from infra.ranges import FEWEST, Range, divided, grouped
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test

@@ -13,7 +13,8 @@ from deepzero_core.training import Batch, CGESource
 from infra.certification import Examples, Task, certify_examples
 from infra.classifiers import Recipe
 from infra.cluster import open_cluster
-from infra.forward import DistributedCGE, Problem
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 
 
 def main(address: str, store: str, scratch: str) -> None:
