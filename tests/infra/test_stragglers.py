@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cloudpickle
@@ -34,14 +34,14 @@ def steps(problem: Problem) -> "Steps":
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     """A step of many chunks, so that things happen within it."""
-    model = {"name": "cnn", "in_channels": 1, "num_classes": 10, "image_size": (8, 8), "depth": 3, "width": 10}
+    model = {"name": "cnn", "in_channels": 1, "num_classes": 10, "image_size": (8, 8), "depth": 2, "width": 12}
     return Problem(
         store=prepare("digits", home=tmp_path_factory.mktemp("digits")).path,
         batches={"batch_size": 128, "seed": 0, "augmentation": {"crop_padding": 0, "flip": False}, "limit": 512},
         model={**model, "arguments": {}, "seed": 0},
         mu=5e-3,
         difference="forward",
-        memory=1 << 18,
+        memory=1 << 17,
     )
 
 
@@ -49,7 +49,7 @@ class Steps:
     """Steps of a problem, on workers and in this process."""
 
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+        self._here = CGESource(F.cross_entropy, problem.mu, "forward", problem.memory)
         self._module, self._batches = problem.build_module().train(), problem.build_batches()
         self._expected: dict[int, GradientEstimate] = {}
 
@@ -57,8 +57,7 @@ class Steps:
         """Of the workers; the same bits as here, which is checked."""
         batch = Batch(number, 0, number, *self._batches.batch(0, number))
         if number not in self._expected:
-            here = CGESource(F.cross_entropy, self._problem.mu, "forward", self._problem.memory)
-            self._expected[number] = here.estimate(self._module, batch, None)
+            self._expected[number] = self._here.estimate(self._module, batch, None)
         found, expected = source.estimate(self._module, batch, None), self._expected[number]
         assert found.loss == expected.loss
         assert all(torch.equal(value, found.gradients[name]) for name, value in expected.gradients.items())
@@ -94,28 +93,50 @@ def counted() -> int:
     return int(forward.counted)
 
 
-def test_a_worker_that_does_not_answer_is_not_waited_for(steps: Steps, problem: Problem, tmp_path: Path) -> None:
-    """The limit of a slow worker: it holds its ranges for as long as the step lasts, and longer."""
-    gate = tmp_path / "gate"
+@pytest.fixture(scope="module")
+def three(problem: Problem) -> Iterator[DistributedCGE]:
+    """Three workers."""
     with connect(3, None, 60) as client, DistributedCGE(client, problem) as source:
-        steps.on(source, 0)
-        slow, *fast = workers_of(client)
-        client.run(hold, str(gate), workers=[slow])
-        client.run(hold, str(tmp_path / "never"), workers=fast)
-        gate.touch()
-        steps.on(source, 1)
-        steps.on(source, 2)  # and while it still sits on a range of the step before
-        assert client.run(counted, workers=[slow]) == {slow: 0}
-        assert all(client.run(counted, workers=fast).values())
-        again = source.asked_again
-        assert 1 <= again <= 2 * 4, "of each step the range that it evaluates and, at most, the next ones in its queue"
-        gate.unlink()
-        steps.on(source, 3)
-        # What it was in the middle of it has given up after the chunk, and takes part again.
-        deadline = time.monotonic() + 30
-        while client.run(counted, workers=[slow])[slow] < 2:
-            assert time.monotonic() < deadline
-            steps.on(source, 3)
+        yield source
+
+
+def test_theta_is_with_some_workers_before_the_others_fetch_it(
+    steps: Steps, three: DistributedCGE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mib = 1 << 20
+    assert [ranges.copies_for(workers, mib) for workers in (1, 32, 33, 100, 1024)] == [1, 1, 6, 10, 32]
+    assert ranges.copies_for(1024, 1 << 14) == 1
+    monkeypatch.setattr(forward, "copies_for", lambda workers, theta: workers)
+    seen: list[int] = []
+    real = three._spread
+
+    def spread(held: Future, copies: int) -> None:
+        real(held, copies)
+        seen.extend(len(workers) for workers in three.client.who_has([held]).values())
+
+    monkeypatch.setattr(three, "_spread", spread)
+    steps.on(three, 0)
+    assert seen == [3]
+
+
+def test_a_worker_that_does_not_answer_is_not_waited_for(steps: Steps, three: DistributedCGE, tmp_path: Path) -> None:
+    """The limit of a slow worker: it holds its ranges for as long as the step lasts, and longer."""
+    client, gate = three.client, tmp_path / "gate"
+    slow, *fast = workers_of(client)
+    client.run(hold, str(gate), workers=[slow])
+    client.run(hold, str(tmp_path / "never"), workers=fast)
+    gate.touch()
+    steps.on(three, 1)
+    steps.on(three, 2)  # and while it still sits on a range of the step before
+    assert client.run(counted, workers=[slow]) == {slow: 0}
+    assert all(client.run(counted, workers=fast).values())
+    assert 1 <= three.asked_again <= 2 * 4, "of each step what it holds: a range or the base pass, and the next ones"
+    gate.unlink()
+    # What it was in the middle of it has given up after the chunk, and takes part again.
+    deadline = time.monotonic() + 30
+    while client.run(counted, workers=[slow])[slow] < 2:
+        assert time.monotonic() < deadline
+        steps.on(three, 3)
 
 
 def in_the_middle(source: DistributedCGE, action: Callable[[], None]) -> threading.Thread:
@@ -176,26 +197,6 @@ def test_where_there_is_a_worker_for_every_range_they_are_equal() -> None:
     assert max(sizes) - min(sizes) <= 1
     some = grouped([0.25] * 4000, 10)
     assert len(some[0]) > 2 * len(some[-1]), "and where there is not, the last are small"
-
-
-def test_theta_is_with_some_workers_before_the_others_fetch_it(
-    steps: Steps, problem: Problem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mib = 1 << 20
-    assert [ranges.copies_for(workers, mib) for workers in (1, 32, 33, 100, 1024)] == [1, 1, 6, 10, 32]
-    assert ranges.copies_for(1024, 1 << 14) == 1
-    monkeypatch.setattr(forward, "copies_for", lambda workers, theta: workers)
-    seen: list[int] = []
-    with connect(2, None, 60) as client, DistributedCGE(client, problem) as source:
-        real = source._spread
-
-        def spread(held: Future, copies: int) -> None:
-            real(held, copies)
-            seen.extend(len(workers) for workers in client.who_has([held]).values())
-
-        monkeypatch.setattr(source, "_spread", spread)
-        steps.on(source, 0)
-    assert seen == [2]
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 5, 9])
