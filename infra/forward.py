@@ -22,7 +22,7 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from distributed import CancelledError, Client, Future, KilledWorker, Worker, WorkerPlugin, get_worker
+from distributed import CancelledError, Client, Future, KilledWorker, Reschedule, Worker, WorkerPlugin, get_worker
 from distributed import wait as wait_for
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -98,15 +98,17 @@ class ForwardWorker(WorkerPlugin):
         """Note which tasks of this worker nobody waits for any more: another worker was faster."""
         if start == "executing" and finish in ("cancelled", "released", "forgotten"):
             self._given_up.add(key)
+        elif finish in ("executing", "resumed"):
+            self._given_up.discard(key)
 
     def differences(self, state: StepState, work: Range, key: Any) -> list[np.ndarray]:
-        """ĝ at the coordinates of every chunk of the range; nothing where the task `key` has been given up."""
+        """ĝ at the coordinates of every chunk of the range. Reschedule: the task `key` has been given up."""
         with self._turn:
             base = self._base_of(state)
             found = []
             for name, indices in work.chunks:
                 if key in self._given_up:
-                    return []
+                    raise Reschedule  # Dask forgets it, or begins again if it has changed its mind
                 found.append(self._slope(base, name, indices))
             return found
 
