@@ -168,8 +168,15 @@ def test_workers_of_a_scheduler_on_loopback_are_asked_what_they_see(
 
 @pytest.mark.parametrize(
     ("address", "here"),
-    [("tcp://127.0.0.1:1", True), ("tls://localhost:1", True), ("tcp://[::1]:1", True), ("tcp://10.0.0.1:1", False)]
-    + [("tcp://localhost.elsewhere.org:1", False), ("tcp://1270.0.0.1:1", False), ("tcp://a127.b:1", False)],
+    [
+        ("tcp://127.0.0.1:1", True),
+        ("tls://localhost:1", True),
+        ("tcp://[::1]:1", True),
+        ("tcp://10.0.0.1:1", False),
+        ("tcp://localhost.elsewhere.org:1", False),
+        ("tcp://1270.0.0.1:1", False),
+        ("tcp://a127.b:1", False),
+    ],
 )
 def test_loopback_is_told_from_other_addresses(address: str, here: bool) -> None:
     assert bool(cluster._LOOPBACK.match(address)) is here
