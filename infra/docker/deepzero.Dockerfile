@@ -28,7 +28,7 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 10001 deepzero \
- && useradd --uid 10001 --gid 10001 --create-home --home-dir /home/deepzero --shell /usr/sbin/nologin deepzero \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin deepzero \
  && mkdir /state /artifacts \
  && chown 10001:10001 /state /artifacts
 COPY --from=build /opt/deepzero /opt/deepzero
