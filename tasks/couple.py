@@ -19,8 +19,9 @@ from simulators.methods.batches import Curriculum, Pairs, Shuffled, training_win
 from simulators.protocol import Simulator, Statistics
 from tasks.history import read
 from tasks.loop import Loop
-from tasks.loop_problem import Setting, open_simulator
-from tasks.records import Cases, Corrected, Shares
+from tasks.loop_problem import Setting, lowest_reynolds, open_simulator
+from tasks.loop_validation import validating
+from tasks.records import PRETRAINED, Cases, Corrected, Shares
 from tasks.shares import shares_of
 from tasks.stage import Stage, Tracking, perform, stage_task
 from tasks.train import digest
@@ -34,7 +35,8 @@ def _common(loop: SolverLoop, cases: Cases, seed: int) -> dict[str, Any]:
     return {
         "cases": cases.digest,
         "corrector": loop.corrector,
-        "reynolds": min(*loop.cases.train, *loop.cases.test) if loop.simulator.kind == "wake" else None,
+        "reynolds": lowest_reynolds(loop) if loop.simulator.kind == "wake" else None,
+        "validation": (loop.training.validations, loop.rollout.frames) if loop.cases.validation else None,
         "threads": loop.training.threads,
         "seed": seed,
     }
@@ -48,7 +50,7 @@ def pretrain_corrector(tracking: Tracking, loop: SolverLoop, cases: Cases, seed:
 
     def work(stage: Stage) -> Corrected:
         return _train(
-            stage, loop, cases, "non", seed, None, None, steps=given.steps, lr=given.lr, pairs=given.batch_size
+            stage, loop, cases, PRETRAINED, seed, None, None, steps=given.steps, lr=given.lr, pairs=given.batch_size
         )
 
     return perform(tracking, "pretrain", Corrected, inputs, work, label=f"corrector, seed {seed}")
@@ -83,7 +85,9 @@ def _share_out(stage: Stage, loop: SolverLoop, cases: Cases, seed: int, before: 
         setting = Setting(loop, cases, simulator)
         corrector = corrector_after(setting, seed, before)
         scores, queries = {}, 0
-        if pruning.method == "zo-grasp":
+        everything = sum(p.numel() for p in corrector.parameters() if p.requires_grad)
+        # A budget that pays for every weight needs no sharing out.
+        if pruning.method == "zo-grasp" and loop.training.queries <= everything:
             windows = training_windows(setting.unrolled, loop.stages, setting.train)
             count = min(pruning.examples, len(windows))
             inputs, targets = windows.batch([position * len(windows) // count for position in range(count)])
@@ -120,7 +124,7 @@ def couple(
         "before": before and before.weights_digest,
         "shares": shares and shares.ratios,
         "redraw_steps": loop.pruning.redraw_steps if shares else None,
-        "training": training.model_dump(exclude={"method", "checkpoint_every", "lr", "mu"}),
+        "training": training.model_dump(exclude={"method", "checkpoint_every", "validations", "lr", "mu"}),
         "lr": _peak(loop, method),
         "mu": training.mu.get(method),
         "method": method,
@@ -146,6 +150,8 @@ def uncorrected(seed: int) -> Corrected:
         weights_digest="",
         parameters=0,
         steps=0,
+        kept_step=0,
+        validation_mae=None,
         queries=0,
         solver_steps=0,
         diverged=0,
@@ -183,7 +189,7 @@ def _train(
         module = corrector_after(setting, seed, before)
         batches: Shuffled
         source: GradientSource
-        if method == "non":
+        if method in ("non", PRETRAINED):
             inputs, targets = methods.Windows(setting.unrolled, setting.train).pairs()
             batches = Shuffled(Pairs(inputs, targets), min(pairs, len(inputs)), seed)
             source = methods.NonInteractive(setting.unrolled)
@@ -200,14 +206,17 @@ def _train(
             ratios=None if shares is None else shares.ratios,
         )
         trainer = Trainer(module, batches, source, plan)
-        work = Loop(stage, trainer, training.checkpoint_every, line=_counting(simulator))
-        work.run()
+        with validating(loop, setting, module, stage.folder, steps=steps) as validation:
+            trying: dict[str, Any] = {} if validation is None else {"evaluation": validation}
+            work = Loop(stage, trainer, training.checkpoint_every, line=_counting(simulator), **trying)
+            work.run()
+            kept, error = (trainer.step, None) if validation is None else validation.keep_best(trainer.step)
         last_error = simulator.statistics.last_error
     weights = stage.folder / "weights.pt"
     torch.save(module.state_dict(), weights)
     stage.run.artifact(weights, "model")
     counts = dict.fromkeys(_COUNTED, 0)
-    for line in read(stage.folder / "history.jsonl"):
+    for line in (line for line in read(stage.folder / "history.jsonl") if line["kind"] == "step"):
         counts = {name: total + line[name] for name, total in counts.items()}
     if last_error:
         stage.run.tags({"deepzero.last_simulator_error": last_error})
@@ -225,6 +234,8 @@ def _train(
         weights_digest=digest(module),
         parameters=sum(p.numel() for p in module.parameters()),
         steps=trainer.step,
+        kept_step=kept,
+        validation_mae=error,
         queries=trainer.queries,
         seconds=work.clock.seconds,
         **counts,

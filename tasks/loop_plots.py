@@ -12,24 +12,31 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tasks.plots import legend_below, line_style, new_figure
-from tasks.records import LoopResult
+from tasks.records import PRETRAINED, LoopResult
 from tasks.roll_out import read_images
 
 LOOP_NAMES = {
     "src": "SRC",
+    PRETRAINED: "pre-trained",
     "non": "NON",
-    "sol-fo": "SOL-FO",
     "sol-zo": "SOL-ZO",
     "sol-zo-split": "SOL-ZO-split",
+    "sol-fo": "SOL-FO",
 }
+"""From the largest to the smallest error, as the paper found them."""
 
 Grouped = Mapping[str, Sequence[LoopResult]]
-"""By method, the results of all seeds, in the order of the report."""
+"""By method, the results of all seeds, the experiment's own method first."""
 
 _COLOURS = "viridis"
 _TIMES = 4
 _PANEL = 160
 """Pixels of an animation's panel, at least, along its longer side."""
+
+
+def in_rows(results: Grouped) -> Grouped:
+    """The same in the order of tables and pictures, that of `LOOP_NAMES`."""
+    return {method: results[method] for method in LOOP_NAMES if method in results}
 
 
 def fields(results: Grouped, reference: Tensor, path: Path) -> None:
@@ -76,7 +83,7 @@ def error_curves(results: Grouped, path: Path) -> None:
 
 def bars(results: Grouped, published: Mapping[str, tuple[float, float]], path: Path) -> None:
     """Error over that of the solver alone: ours beside the paper's."""
-    methods = [method for method in ("src", "non", "sol-zo", "sol-zo-split", "sol-fo") if method in results]
+    methods = list(in_rows(results))
     ours = {m: [error for result in results[m] for error in result.rolled.mae] for m in methods}
     unit = statistics.mean(ours["src"]) if "src" in ours else 1.0
     paper_unit = published["src"][0] if "src" in ours else 1.0
@@ -128,9 +135,8 @@ def animation(results: Grouped, reference: Tensor, path: Path) -> None:
 
 
 def _of_first_case(results: Grouped) -> list[tuple[str, Tensor]]:
-    """Images of the first seed, the solver alone before all others."""
-    order = sorted(results, key=lambda method: method != "src")
-    return [(LOOP_NAMES[method], read_images(results[method][0].rolled.images)) for method in order]
+    """Images of the first seed."""
+    return [(LOOP_NAMES[method], read_images(several[0].rolled.images)) for method, several in in_rows(results).items()]
 
 
 def _shown(images: Tensor) -> NDArray[np.float64]:

@@ -96,7 +96,7 @@ def read_history(path: Path) -> Curves:
     try:
         lines = list(read(path))
         steps = [line for line in lines if line["kind"] == "step"]
-        tests = [line for line in lines if line["kind"] == "evaluation"]
+        tests = [line for line in lines if "test_accuracy" in line]
         return Curves(
             steps=np.array([line["step"] for line in steps], dtype=np.int64),
             loss=np.array([line["loss"] for line in steps], dtype=np.float64),

@@ -37,6 +37,7 @@ STAGES = [
     "roll-out sol-fo, seed 0",
     "couple sol-zo-split, seed 0",
     "roll-out sol-zo-split, seed 0",
+    "roll-out pre-trained, seed 0",
 ]
 
 
@@ -52,9 +53,9 @@ def test_the_result_for_machines(fresh_home: Any, first: Any) -> None:
     result = json.loads(file.read_text())
     assert result["flow"] == "solver-loop"
     found = {method["method"]: method for method in result["methods"]}
-    assert list(found) == ["sol-zo", "src", "non", "sol-fo", "sol-zo-split"]
+    assert list(found) == ["sol-zo", "src", "non", "sol-fo", "sol-zo-split", "pre-trained"]
     assert {name: method["queries"] for name, method in found.items()} == {
-        "sol-zo": [64], "src": [0], "non": [4], "sol-fo": [4], "sol-zo-split": [64],
+        "sol-zo": [64], "src": [0], "non": [4], "sol-fo": [4], "sol-zo-split": [64], "pre-trained": [3],
     }  # fmt: skip
     # Two steps with m = 2 and two with m = 3, batches of 2, 16 queries; the first solver step is never repeated.
     assert found["sol-zo-split"]["solver_steps"] == [2 * 2 * (2 + 15) + 2 * 2 * (3 + 15 * 2)]
