@@ -12,8 +12,14 @@ import mlflow.pytorch
 import pytest
 import torch
 
+import configs
+from configs.solver_loop import SolverLoop
 from simulators import examples
 from simulators.case_store import CaseStore
+from tasks.couple import corrector_after
+from tasks.loop_problem import Setting, open_simulator
+from tasks.loop_validation import validation_error
+from tasks.records import Cases, Corrected
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -80,6 +86,26 @@ def test_numbers_and_the_corrector_are_in_mlflow(fresh_home: Any, first: Any) ->
     assert model(torch.zeros(3, 4, 8, 8)).shape == (3, 2, 8, 8)
 
 
+def test_every_training_ends_with_the_corrector_that_was_best_on_the_validation_cases(
+    fresh_home: Any, first: Any
+) -> None:
+    loop = configs.load("smoke", flow="solver-loop")
+    assert isinstance(loop, SolverLoop)
+    cases = Cases.model_validate(fresh_home.record("generate"))
+    assert cases.counts == {"train": 2, "validation": 1, "test": 2}
+    for folder in (fresh_home.path / "stages" / "couple").iterdir():
+        trained = Corrected.model_validate(json.loads((folder / "record.json").read_text())["record"])
+        lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        tried = {line["step"]: line["validation_mae"] for line in lines if line["kind"] == "evaluation"}
+        assert list(tried) == [2, 4]
+        assert trained.validation_mae is not None and trained.validation_mae <= min(tried.values())
+        assert tried.get(trained.kept_step, trained.validation_mae) == trained.validation_mae
+        with open_simulator(loop) as simulator:
+            setting = Setting(loop, cases, simulator)
+            error = validation_error(setting, simulator, corrector_after(setting, trained.seed, trained))
+        assert error == trained.validation_mae
+
+
 def test_other_workers_and_more_frames_train_nothing_again(fresh_home: Any, first: Any) -> None:
     again = fresh_home.done("run", "solver-loop", "--config", "smoke", "--set", "rollout.frames=5")
     done = re.findall(r"^(.+?) +done in ", again.stdout, re.M)
@@ -107,15 +133,20 @@ def test_killed_it_ends_with_the_same_bits_and_workers_compute_the_same_cases(
     assert not (cut.stage("couple") / "record.json").exists()
     cut.done(*run)
     records = [home.record("couple") for home in (alone, cut)]
-    for key in ("weights_digest", "queries", "steps"):
+    for key in ("weights_digest", "queries", "steps", "kept_step", "validation_mae"):
         assert records[0][key] == records[1][key]
     stores = [CaseStore.open(home.stage("generate") / "cases", verify=True) for home in (alone, cut)]
     assert stores[0].digest == stores[1].digest
-    steps = [
-        [json.loads(line)["step"] for line in (home.stage("couple") / "history.jsonl").read_text().splitlines()]
+    told = [
+        [json.loads(line) for line in (home.stage("couple") / "history.jsonl").read_text().splitlines()]
         for home in (alone, cut)
     ]
-    assert steps[0] == steps[1] == list(range(1, 25))
+    steps, tried = (
+        [[line for line in lines if line["kind"] == kind] for lines in told] for kind in ("step", "evaluation")
+    )
+    assert [[line["step"] for line in lines] for lines in steps] == [list(range(1, 25))] * 2
+    errors = [[(line["step"], line["validation_mae"]) for line in lines] for lines in tried]
+    assert errors[0] == errors[1] and [step for step, _ in errors[0]] == [12, 24]
 
 
 OWN = """
