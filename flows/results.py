@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from deepzero_core.errors import RequestError
+from flows.closing_table import closing_tables
 from infra.home import home
 from infra.orchestration import configure
 from infra.orchestration import ui_command as prefect_ui_command
@@ -44,12 +43,8 @@ def conclude(console: Console, result_file: Path) -> None:
 
     result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
     methods = result["table"]
-    table = Table(title=result["title"], title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for column in methods["columns"]:
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for row in methods["rows"]:
-        table.add_row(*row)
-    console.print(table)
+    for table in closing_tables(methods["columns"], methods["rows"], console.width, result["title"]):
+        console.print(table)
     for note in result["notes"]:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     places = {
