@@ -129,7 +129,7 @@ class LoopTrainingConfig(Section):
 
 class RollOutConfig(Section):
     frames: Count = 199
-    """Steps from the first frame of every test and validation case on."""
+    """Steps from the first frame of every test case on."""
     animation: Flag = True
     """Draw one, of the first test case."""
 

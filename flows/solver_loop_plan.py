@@ -9,12 +9,14 @@ from deepzero_core.errors import RequestError
 
 
 def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, predict: bool = False) -> Table:
-    """Simulator, cases, corrector and costs. `base`, `predict`: for the looks of it; nothing is written or timed.
+    """Simulator, cases, corrector and costs. `predict`: time a step of every method, too. Nothing is written.
 
     Raises:
         RequestError: the simulator or the network of the experiment is not what it says.
     """
+    from tasks.loop_prediction import training_seconds
     from tasks.loop_problem import blank_features, corrector_of, open_simulator
+    from tasks.report import duration
 
     training, cases = experiment.training, experiment.cases
     with open_simulator(experiment) as simulator:
@@ -43,6 +45,10 @@ def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, pred
         "roll-out": f"{experiment.rollout.frames:,} steps of every test case",
         "workers": experiment.cluster.address or str(experiment.cluster.workers),
     }
+    if predict and (seconds := training_seconds(experiment)):
+        each = ", ".join(f"{method} {duration(value)}" for method, value in seconds.items())
+        total = len(experiment.seeds) * sum(seconds.values())
+        rows["time"] = f"about {each} per training, {duration(total)} in all, on this machine with nothing beside"
     table = Table(show_header=False, box=None, title=f"{experiment.name}: what would be done", title_justify="left")
     for label, text in rows.items():
         table.add_row(f"[bold]{label}", text)

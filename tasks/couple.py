@@ -36,7 +36,7 @@ def _common(loop: SolverLoop, cases: Cases, seed: int) -> dict[str, Any]:
         "cases": cases.digest,
         "corrector": loop.corrector,
         "reynolds": lowest_reynolds(loop) if loop.simulator.kind == "wake" else None,
-        "validation": (loop.training.validations, loop.rollout.frames) if loop.cases.validation else None,
+        "validation": loop.training.validations if loop.cases.validation else None,
         "threads": loop.training.threads,
         "seed": seed,
     }
@@ -194,7 +194,7 @@ def _train(
             batches = Shuffled(Pairs(inputs, targets), min(pairs, len(inputs)), seed)
             source = methods.NonInteractive(setting.unrolled)
         else:
-            source = Curriculum(setting.unrolled, loop.stages, _source(loop, method, seed))
+            source = Curriculum(setting.unrolled, loop.stages, gradient_source(loop, method, seed))
             windows = training_windows(setting.unrolled, loop.stages, setting.train)
             batches = Shuffled(windows, training.batch_size, seed, loop.pruning.redraw_steps, source.shorten)
         plan = TrainingSettings(
@@ -271,7 +271,7 @@ def _peak(loop: SolverLoop, method: LoopMethod) -> float:
     return dict(loop.training.lr).get(method, loop.training.optimizer.lr)
 
 
-def _source(loop: SolverLoop, method: Any, seed: int) -> Callable[[methods.Loop], GradientSource]:
+def gradient_source(loop: SolverLoop, method: Any, seed: int) -> Callable[[methods.Loop], GradientSource]:
     """Where the method's gradients come from, for a loop of any length."""
     training = loop.training
     given = dict(training.mu).get(method)

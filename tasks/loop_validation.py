@@ -86,7 +86,7 @@ def validating(
 
 def validation_error(setting: Setting, simulator: Simulator, module: nn.Module) -> float:
     """Mean absolute error over all frames of all validation cases; infinite where one diverges."""
-    frames = setting.loop.rollout.frames
+    frames = setting.loop.cases.frames - 1
     mode = module.training
     module.eval()
     try:
