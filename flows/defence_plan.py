@@ -8,8 +8,8 @@ from configs.defence import Defence
 from deepzero_core.errors import RequestError
 
 
-def defence_plan(flow_name: str, experiment: Defence, base: Path, *, predict: bool = False) -> Table:
-    """Data, classifier, denoiser and costs. `predict`: for the looks of it; a black box's time nobody can predict.
+def defence_plan(flow_name: str, experiment: Defence, base: Path) -> Table:
+    """Data, classifier, denoiser and costs.
 
     Raises:
         RequestError: the data or a network of the experiment is not what it says; nothing has been asked or created.

@@ -33,10 +33,11 @@ def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, pred
     )
     asking = sum(method in ASKING for method in experiment.methods) * len(experiment.seeds)
     course = ", ".join(f"{steps:,} steps with m = {unroll}" for steps, unroll in experiment.stages)
+    tried = f"{len(cases.validation)} validation, " if cases.validation else ""
     rows = {
         "flow": flow_name,
         "simulator": f"{experiment.simulator.kind}: {state}",
-        "cases": f"{len(cases.train)} train, {len(cases.test)} test, {cases.frames:,} frames each",
+        "cases": f"{len(cases.train)} train, {tried}{len(cases.test)} test, {cases.frames:,} frames each",
         "corrector": f"{experiment.corrector.name}: {sum(p.numel() for p in corrector.parameters()):,} parameters",
         "methods": ", ".join(experiment.methods) + f"; seeds {', '.join(map(str, experiment.seeds))}",
         "training": f"{course}; {training.batch_size} simulations",

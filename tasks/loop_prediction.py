@@ -19,7 +19,7 @@ from simulators.protocol import Simulator
 from tasks.couple import gradient_source
 from tasks.loop_problem import corrector_of, coupling_of, open_simulator, source_grid
 
-_FEW, _MORE = 5, 17
+_FEW, _MORE = 2, 6
 """Queries that are timed."""
 
 

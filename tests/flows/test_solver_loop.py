@@ -117,9 +117,11 @@ def test_other_workers_and_more_frames_train_nothing_again(fresh_home: Any, firs
 
 
 def test_a_dry_run_says_what_it_would_cost(fresh_home: Any, first: Any) -> None:
-    shown = fresh_home.done("run", "solver-loop", "--config", "paper", "--dry-run").stdout
-    assert re.search(r"corrector +residual: 260,354 parameters", shown)
-    assert re.search(r"training +2,000 steps with m = 4, 3,000 steps with m = 8, 5,000 steps with m = 16", shown)
+    shown = fresh_home.done("run", "solver-loop", "--config", "smoke", "--dry-run").stdout
+    assert re.search(r"cases +2 train, 1 validation, 2 test, 8 frames each", shown)
+    assert re.search(r"corrector +small: 2,818 parameters", shown)
+    assert re.search(r"training +2 steps with m = 2, 2 steps with m = 3; 2 simulations", shown)
+    assert re.search(r"time +about sol-zo \d.*, non \d.*, sol-fo \d.*, sol-zo-split \d.* in all", shown, re.S)
 
 
 def test_killed_it_ends_with_the_same_bits_and_workers_compute_the_same_cases(
