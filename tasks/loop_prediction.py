@@ -74,7 +74,7 @@ class _Bench:
         fewer = self.loop.training.model_copy(update={"queries": queries})
         source = gradient_source(self.loop.model_copy(update={"training": fewer}), method, 0)(self.unrolled)
         coordinates = _spread_out(self.module, queries - 1) if method == "sol-zo" else None
-        return _timed(source, self.module, *self.batch, coordinates)
+        return _timed(source, self.module, *self.batch, coordinates=coordinates)
 
 
 def _stand_ins(loop: SolverLoop) -> list[Case]:
