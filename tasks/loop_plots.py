@@ -78,7 +78,8 @@ def error_curves(results: Grouped, path: Path) -> None:
             axes.fill_between(frames, mean - deviation, mean + deviation, alpha=0.1, color=style["color"], linewidth=0)
         axes.set(title="Error over time", xlabel="frame", ylabel="mean absolute error")
         axes.set_ylim(bottom=0)
-        legend_below(figure, axes, columns=5)
+        # Six in two equal lines, fewer in one.
+        legend_below(figure, axes, columns=3 if len(results) > 5 else 5)
 
 
 def bars(results: Grouped, published: Mapping[str, tuple[float, float]], path: Path) -> None:
@@ -93,7 +94,8 @@ def bars(results: Grouped, published: Mapping[str, tuple[float, float]], path: P
         means = [statistics.mean(ours[m]) / unit for m in methods]
         spreads = [statistics.stdev(ours[m]) / unit if len(ours[m]) > 1 else 0.0 for m in methods]
         style = {"capsize": 3, "error_kw": {"linewidth": 1}}
-        axes.bar(places - 0.2, means, 0.38, yerr=spreads, label="here", color="#0072B2", **style)
+        beside = np.array([0.2 if m in published else 0.0 for m in methods])
+        axes.bar(places - beside, means, 0.38, yerr=spreads, label="here", color="#0072B2", **style)
         known = [(place, published[m]) for place, m in zip(places, methods, strict=True) if m in published]
         axes.bar(
             [place + 0.2 for place, _ in known],

@@ -11,7 +11,7 @@ from tasks import loop_plots, plots
 from tasks.loop_order import errors, order_notes
 from tasks.loop_plots import LOOP_NAMES, Grouped, in_rows
 from tasks.page import Gallery, Page, Table, write_page
-from tasks.records import Cases, LoopResult, Reported
+from tasks.records import PRETRAINED, Cases, LoopResult, Reported
 from tasks.report import SCHEMA_VERSION, duration
 from tasks.seeds import by_method, spread
 
@@ -203,7 +203,7 @@ def _draw(gallery: Gallery, grouped: Grouped, reference: Tensor, animated: bool)
             "Training",
             "Loss of the batch, a moving average; the first seed. Loops of different length have different losses.",
             lambda path: plots.losses(
-                {LOOP_NAMES[method]: several[0].corrected.history for method, several in grouped.items()},
+                {LOOP_NAMES[name]: some[0].corrected.history for name, some in grouped.items() if name != PRETRAINED},
                 path,
                 title="Loss in training",
                 unit="½ Σ error² in variances",

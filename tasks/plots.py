@@ -164,6 +164,7 @@ def losses(
                 width = max(1, len(curves.steps) // 20) | 1
                 axes.plot(curves.steps, smooth(curves.loss, width), label=name, **line_style(index))
         axes.set(title=title, xlabel="step", ylabel=unit, yscale="log" if logarithmic else "linear")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         legend_below(figure, axes, columns=columns)
 
 
