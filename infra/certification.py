@@ -207,7 +207,7 @@ def _finished(client: Client, futures: Sequence[Future], timeout_s: float) -> li
         except TimeoutError:
             if client.status != "running":
                 raise ConnectionError(f"the Dask client is {client.status}") from None
-            if client.scheduler_info(n_workers=-1)["workers"]:
+            if client.nthreads():
                 alone = None
                 continue
             alone = alone or time.monotonic()

@@ -209,7 +209,8 @@ class DistributedCGE:
             images = Images.of(self.problem, self._shipment)
         self.client.register_plugin(ForwardWorker(self._name, self.problem, images))
         self.client.subscribe_topic("all", self._report)
-        self._workers |= set(self.client.scheduler_info(n_workers=-1)["workers"])
+        # Not `scheduler_info`: the client renews that every two seconds, without workers.
+        self._workers |= set(self.client.nthreads())
         return self
 
     def __exit__(self, *_: object) -> None:
