@@ -44,6 +44,12 @@ def sentences(
         yield f"{where}: {_reason(schema, path, found)}"
 
 
+def reasons(schema: type[BaseModel], error: ValidationError) -> Iterator[str]:
+    """One for each mistake, without a word on where the value came from; each begins with its key."""
+    for found in error.errors(include_url=False):
+        yield _reason(schema, tuple(str(part) for part in found["loc"]), found)
+
+
 def _reason(schema: type[BaseModel], path: tuple[str, ...], found: Any) -> str:
     key, kind, context = shown(".".join(path), quote=False), found["type"], found.get("ctx", {})
     if kind == "extra_forbidden":

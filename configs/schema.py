@@ -212,7 +212,11 @@ class ClusterConfig(Section):
     workers: Natural = 2
     """Local worker processes; 0 evaluates in this process. With an address: workers to wait for."""
     address: Text | None = None
-    """Address of a running Dask scheduler, such as tcp://host:8786."""
+    """Address of a running Dask scheduler, such as tcp://host:8786 or tls://host:8786."""
+    spec: Text | None = None
+    """How workers are come by: local, scheduler, scheduler-tls, slurm, kubernetes, cuda, or a YAML file of your own."""
+    options: Arguments = Field(default_factory=dict)
+    """Keys of that file to be set otherwise, such as {queue: long}."""
     timeout_s: Positive = 60.0
     """Seconds to wait for scheduler and workers."""
 

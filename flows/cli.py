@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from deepzero_core.errors import DeepZeroError, RequestError, suggest
+from flows import stack_commands
 from flows.catalogue import ENTRYPOINTS
 
 FLOWS = tuple(ENTRYPOINTS)
@@ -239,6 +240,10 @@ def doctor(
     from infra import doctor as examination
 
     raise typer.Exit(examination.report(examination.examine(), as_json=as_json))
+
+
+for _command in (stack_commands.up, stack_commands.status, stack_commands.logs, stack_commands.down):
+    app.command()(_reported(_command))
 
 
 @data_app.command("list")

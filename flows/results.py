@@ -13,7 +13,7 @@ from rich.table import Table
 from deepzero_core.errors import RequestError, suggest
 from infra.home import home
 from infra.orchestration import configure
-from infra.orchestration import ui_command as prefect_ui_command
+from infra.orchestration import ui_place as prefect_ui
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -142,7 +142,8 @@ def conclude(console: Console, result_file: Path) -> int:
     Raises:
         RequestError: this is no result.
     """
-    from tasks.tracking import ui_command
+    from tasks.tracking import tracking_uri, ui_command
+    from tasks.tracking_store import without_password
 
     try:
         result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
@@ -160,8 +161,8 @@ def conclude(console: Console, result_file: Path) -> int:
     places = {
         "report": result_file.with_name("report.html"),
         "MLflow run": result["mlflow_url"],
-        "MLflow UI": ui_command() or "the server that $MLFLOW_TRACKING_URI names",
-        "Prefect UI": prefect_ui_command(),
+        "MLflow UI": ui_command() or without_password(tracking_uri()),
+        "Prefect UI": prefect_ui(),
     }
     for label, place in places.items():
         console.print(f"{label:<11} {place}", soft_wrap=True, highlight=False)

@@ -23,6 +23,7 @@ from flows.results import conclude
 from flows.solver_loop_plan import solver_loop_plan
 from infra import orchestration
 from infra.home import home
+from infra.specs import described
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,7 +118,7 @@ def _plan(flow_name: str, experiment: Experiment, base: Path, *, predict: bool =
         "training": f"{training.method}, {steps:,} steps of {data.batch_size} examples",
         "queries": f"{per_step:,} per step, {per_step * steps:,} in all",
         "baselines": ", ".join(experiment.baselines) or "none",
-        "workers": experiment.cluster.address or str(experiment.cluster.workers),
+        "workers": described(experiment.cluster),
     }
     if predict and training.method == "cge":
         rows |= _prediction(experiment, module, batches, steps)

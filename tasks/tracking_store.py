@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deepzero_core.errors import DeepZeroError, RequestError, WorkError
 from infra.home import home, mlflow_artifacts, mlflow_database
+from infra.stack.state import joined
 from tasks.environment import host
 
 VARIABLE = "MLFLOW_TRACKING_URI"
@@ -38,8 +39,11 @@ _REMOTE = ("http://", "https://")
 
 
 def tracking_uri() -> str:
-    """Where runs are kept."""
-    return os.environ.get(VARIABLE) or f"sqlite:///{mlflow_database(home()).as_posix()}"
+    """Where runs are kept: $MLFLOW_TRACKING_URI, the stack that runs, or the home's own file."""
+    if given := os.environ.get(VARIABLE):
+        return given
+    stack = joined(home())
+    return stack.mlflow_url if stack else f"sqlite:///{mlflow_database(home()).as_posix()}"
 
 
 def store_exists() -> bool:
@@ -73,7 +77,7 @@ def initialise(name: str) -> str:
         raise WorkError(f"another process has kept {base / 'mlflow.lock'} locked for {_LOCK_SECONDS:.0f} s") from None
     except STORE_ERRORS as error:
         kind = RequestError if os.environ.get(VARIABLE) else WorkError
-        where = f"{VARIABLE}={_without_password(uri)}" if kind is RequestError else f"the MLflow store {uri}"
+        where = f"{VARIABLE}={without_password(uri)}" if kind is RequestError else f"the MLflow store {uri}"
         raise kind(f"{where} does not open: {one_line(error)}; `deepzero doctor` tells more") from error
     return experiment
 
@@ -188,7 +192,7 @@ def probe(uri: str) -> None:
         socket.create_connection((address.hostname, port), timeout=10).close()
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
     address = urlsplit(uri)
     return uri.replace(f":{address.password}@", ":…@") if address.password else uri
 
