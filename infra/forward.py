@@ -39,6 +39,7 @@ from deepzero_core.perturb.machine import NOMINAL
 from deepzero_core.perturb.objective import state_of
 from deepzero_core.training import Batch
 from deepzero_core.training.sources import Coordinates
+from infra.waiting import log_workers
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class DistributedCGE:
 
     def __enter__(self) -> "DistributedCGE":
         self.client.register_plugin(ForwardWorker(self._name, self.problem))
-        self.client.subscribe_topic("all", self._report)
+        log_workers(self.client, log, "its coordinate ranges are evaluated again")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -296,13 +297,6 @@ class DistributedCGE:
                         f"no answer from the {workers} Dask workers for {self.timeout_s:g} s "
                         f"({finished} of {len(futures)} tasks of this step are done)"
                     ) from None
-
-    def _report(self, event: tuple[float, Any]) -> None:
-        message = event[1]
-        if isinstance(message, dict) and message.get("action") == "remove-worker":
-            log.warning("Dask worker %s was lost: its coordinate ranges are evaluated again", message.get("worker"))
-        if isinstance(message, dict) and message.get("action") == "add-worker":
-            log.info("Dask worker %s joined", message.get("worker"))
 
     def _key(self, kind: str, *parts: object) -> str:
         """Kind first: by it Dask knows ranges for a group of their own, and keeps them in one queue for all workers."""
