@@ -55,7 +55,9 @@ class VictimConfig(Section):
     budget: Count | None = None
     """The most images that your own classifier may be asked about, training and certification together."""
     images_per_second: Positive | None = None
-    """How fast your own classifier may be asked."""
+    """How fast your own classifier may be asked, by all workers together."""
+    calls_per_second: Positive | None = None
+    """The same of questions, of up to `batch_size` images each."""
     price_per_thousand: Positive | None = None
     """What 1,000 images cost, for the report."""
 
