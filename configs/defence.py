@@ -93,7 +93,7 @@ class DefenceTrainingConfig(Section):
     method: DefenceMethod = "deepzero"
     """How the denoiser learns what the classifier needs; none: no denoiser."""
     queries: Count = 1152
-    """Evaluations of the loss on the batch that every zeroth-order method may spend per step, the same for all."""
+    """Evaluations of the loss on the batch that every zeroth-order method spends per step, the same for all."""
     steps: Count = 500
     """Training steps."""
     optimizer: OptimizerConfig = OptimizerConfig(name="Adam", lr=1e-3)

@@ -147,7 +147,7 @@ class SolverLoop(Section):
     """Further methods for comparison; src: no corrector."""
     rollout: RollOutConfig = RollOutConfig()
     cluster: ClusterConfig = ClusterConfig(workers=0)
-    """Workers that reference runs are shared out to."""
+    """Workers that reference runs are shared out to, and the steps of your own program or function."""
 
     @property
     def methods(self) -> tuple[LoopMethod, ...]:
