@@ -108,7 +108,7 @@ class LoopTrainingConfig(Section):
     curriculum: tuple[UnrollStage, ...] = ()
     """Shorter loops to begin with; `unroll` is for what is left of the steps."""
     queries: Count = 1024
-    """Evaluations of the loss that every zeroth-order method may spend per step, the same for all."""
+    """Evaluations of the loss that every zeroth-order method spends per step, the same for all."""
     optimizer: OptimizerConfig = OptimizerConfig(name="Adam", lr=1e-4)
     schedule: ScheduleConfig = ScheduleConfig(warmup_epochs=0)
     lr: dict[LoopMethod, Positive] = Field(default_factory=dict)
