@@ -1,13 +1,16 @@
 """`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative;
 `memory`: what an estimate needs beside a forward pass; `certification`: randomised smoothing against a plain loop;
-`simulators`: advanced together beside PhiFlow's own step, and their physics; `fan-out`: a slow program on one
-worker and on two.
+`simulators`: advanced together beside PhiFlow's own step, and their physics; `scaling`: a step on 1 to 1,024 workers,
+simulated from measured costs; `slow-worker`: a step on workers of which one is ten times slower; `fan-out`: a slow
+program on one worker and on two.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png
 python -m benchmarks memory --case dncnn17
 python -m benchmarks certification --case digits --threads 1
 python -m benchmarks simulators --case wake --case cole-hopf
+python -m benchmarks scaling --case demo --case cnn5 --network 1.25e9
+python -m benchmarks slow-worker --repeats 5
 python -m benchmarks fan-out --case computing
 """
 
@@ -21,7 +24,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, certification, fan_out, memory, physics, plot, simulators
+from benchmarks import accuracy, certification, fan_out, memory, physics, plot, scaling, simulators, slow_worker
 from benchmarks.cases import CASES
 from benchmarks.machine import machine
 from benchmarks.measure import Options, measure
@@ -111,6 +114,27 @@ def _simulators(options: argparse.Namespace) -> None:
         raise WorkError(f"the simulators are not what they should be: {'; '.join(wrong)}")
 
 
+def _scaling(options: argparse.Namespace) -> None:
+    cases = _known(options.case or list(scaling.CASES), list(scaling.CASES), "case")
+    _set_up(options)
+    if not options.network > 0:
+        raise RequestError("--network must be a positive number of bytes per second")
+    report = _Report()
+    facts = machine(1, torch.device("cpu"))
+    report(f"load {facts['load']} before the start: whatever else runs on this machine is timed too")
+    costs, found = scaling.measure(cases, options.repeats, options.network, report)
+    save(options.json, {"machine": facts, **scaling.document(costs, found)})
+    scaling.show(costs, found)
+
+
+def _slow_worker(options: argparse.Namespace) -> None:
+    _set_up(options)
+    facts = machine(1, torch.device("cpu"))
+    found = slow_worker.measure(options.repeats, _Report())
+    save(options.json, {"machine": facts, "slow_worker": dataclasses.asdict(found) | {"ratio": found.ratio}})
+    slow_worker.show(found)
+
+
 def _fan_out(options: argparse.Namespace) -> None:
     cases = _known(options.case or list(fan_out.CASES), list(fan_out.CASES), "case")
     _set_up(options)
@@ -128,6 +152,8 @@ _WHAT = {
     "memory": _memory,
     "certification": _certification,
     "simulators": _simulators,
+    "scaling": _scaling,
+    "slow-worker": _slow_worker,
     "fan-out": _fan_out,
 }
 
@@ -151,7 +177,8 @@ def _parser() -> argparse.ArgumentParser:
         "--case",
         action="append",
         help=f"one of {', '.join([*CASES, WORKERS])}; certification: {', '.join(certification.CASES)}; simulators: "
-        f"{', '.join([*simulators.CASES, *physics.CASES])}; fan-out: {', '.join(fan_out.CASES)}; may be repeated; all",
+        f"{', '.join([*simulators.CASES, *physics.CASES])}; scaling: {', '.join(scaling.CASES)}; "
+        f"fan-out: {', '.join(fan_out.CASES)}; may be repeated; all",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every contender; medians are shown")
@@ -163,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
         "--json",
         type=Path,
         help="where the numbers go; benchmarks.json, benchmarks-accuracy.json, and so on",
+    )
+    parser.add_argument(
+        "--network", type=float, default=scaling.NETWORK, help="scaling only: bytes per second between two machines"
     )
     parser.add_argument("--plot", type=Path, help="accuracy only: where the picture goes")
     return parser

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from configs.solver_loop import PHIFLOW, SolverLoop
-from infra.cluster import connect
+from infra.cluster import open_cluster
 from infra.fan_out import FanOut, Lost
 from simulators.contained import Contained, Crash
 from simulators.protocol import Simulator, Statistics
@@ -20,13 +20,13 @@ def open_solver(loop: SolverLoop, method: str | None = None) -> Iterator[Simulat
     """
     cluster = loop.cluster
     with open_simulator(loop) as simulator:
-        here = loop.simulator.kind in PHIFLOW or (cluster.workers == 0 and cluster.address is None)
+        here = loop.simulator.kind in PHIFLOW or cluster.workers == 0
         if here or method == "sol-fo" or not isinstance(simulator, Contained):
             yield simulator
             return
         described = {"kind": loop.simulator.kind, "settings": dict(loop.simulator.settings)}
         with (
-            connect(cluster.workers, cluster.address, cluster.timeout_s) as client,
+            open_cluster(cluster, mentions=described) as client,
             FanOut(
                 client,
                 "simulators.shared_out:Member",

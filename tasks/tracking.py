@@ -138,7 +138,7 @@ class Run:
             client = MlflowClient(tracking_uri=tracking_uri())
             created = client.create_run(experiment_id, run_name=name, tags={**given, **standard})
         run = cls(client, experiment_id, created.info.run_id, last_steps={})
-        run._log_params(params or {})
+        run.params(params or {})
         return run
 
     @classmethod
@@ -194,6 +194,16 @@ class Run:
         tags = [RunTag(key, str(value)[:_TAG_CHARACTERS]) for key, value in values.items()]
         with recording("tags"):
             self._client.log_batch(self.run_id, tags=tags)
+
+    def params(self, params: Mapping[str, object]) -> None:
+        """Record settings, as `start` does."""
+        flat = dict(_flattened(params))
+        logged = [Param(key, _shortened(value)) for key, value in flat.items()]
+        with recording("parameters"):
+            for start in range(0, len(logged), _PARAMS_PER_BATCH):
+                self._client.log_batch(self.run_id, params=logged[start : start + _PARAMS_PER_BATCH])
+        if any(len(value) > _PARAM_CHARACTERS for value in flat.values()):
+            self.text(json.dumps(params, indent=2, default=str), "config/params.json")
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a file, or what a folder holds, into the run's artifacts, below `folder`."""
@@ -280,15 +290,6 @@ class Run:
             self.end("FAILED" if isinstance(error, Exception) else "KILLED", reason=one_line(error))
         except WorkError as second:
             _log.warning("%s", second)  # the first error is the one to be told
-
-    def _log_params(self, params: Mapping[str, object]) -> None:
-        flat = dict(_flattened(params))
-        logged = [Param(key, _shortened(value)) for key, value in flat.items()]
-        with recording("parameters"):
-            for start in range(0, len(logged), _PARAMS_PER_BATCH):
-                self._client.log_batch(self.run_id, params=logged[start : start + _PARAMS_PER_BATCH])
-        if any(len(value) > _PARAM_CHARACTERS for value in flat.values()):
-            self.text(json.dumps(params, indent=2, default=str), "config/params.json")
 
 
 def _flattened(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs.solver_loop import SolverLoop
-from infra import cluster
+from infra import dask_settings
 from simulators.burgers import Burgers
 from simulators.function import FunctionSimulator
 from simulators.protocol import alive
@@ -36,7 +36,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_simulation_that_ends_its_worker_has_crashed_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cluster._SETTINGS, "distributed.scheduler.allowed-failures", 0)
+    monkeypatch.setitem(dask_settings.SETTINGS, "distributed.scheduler.allowed-failures", 0)
     with open_solver(loop(1)) as solver:
         assert isinstance(solver, SharedOut)
         after = solver.step({"u": torch.arange(12.0).view(4, 3)}, {})
