@@ -1,7 +1,8 @@
 """`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative;
 `memory`: what an estimate needs beside a forward pass; `certification`: randomised smoothing against a plain loop;
 `simulators`: advanced together beside PhiFlow's own step, and their physics; `scaling`: a step on 1 to 1,024 workers,
-simulated from measured costs; `slow-worker`: a step on workers of which one is ten times slower.
+simulated from measured costs; `slow-worker`: a step on workers of which one is ten times slower; `fan-out`: a slow
+program on one worker and on two.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png
@@ -10,6 +11,7 @@ python -m benchmarks certification --case digits --threads 1
 python -m benchmarks simulators --case wake --case cole-hopf
 python -m benchmarks scaling --case demo --case cnn5 --network 1.25e9
 python -m benchmarks slow-worker --repeats 5
+python -m benchmarks fan-out --case computing
 """
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, certification, memory, physics, plot, scaling, simulators, slow_worker
+from benchmarks import accuracy, certification, fan_out, memory, physics, plot, scaling, simulators, slow_worker
 from benchmarks.cases import CASES
 from benchmarks.machine import machine
 from benchmarks.measure import Options, measure
@@ -133,6 +135,17 @@ def _slow_worker(options: argparse.Namespace) -> None:
     slow_worker.show(found)
 
 
+def _fan_out(options: argparse.Namespace) -> None:
+    cases = _known(options.case or list(fan_out.CASES), list(fan_out.CASES), "case")
+    _set_up(options)
+    facts, report = machine(options.threads, torch.device("cpu")), _Report()
+    report(f"load {facts['load']} before the start: whatever else runs on this machine is timed too")
+    found = fan_out.measure(cases, options.repeats, report)
+    rows = [dataclasses.asdict(shared) | {"ratios": shared.ratios} for shared in found]
+    save(options.json, {"machine": facts, "fan-out": rows})
+    fan_out.show(found)
+
+
 _WHAT = {
     "speed": _speed,
     "accuracy": _accuracy,
@@ -141,6 +154,7 @@ _WHAT = {
     "simulators": _simulators,
     "scaling": _scaling,
     "slow-worker": _slow_worker,
+    "fan-out": _fan_out,
 }
 
 
@@ -163,7 +177,8 @@ def _parser() -> argparse.ArgumentParser:
         "--case",
         action="append",
         help=f"one of {', '.join([*CASES, WORKERS])}; certification: {', '.join(certification.CASES)}; simulators: "
-        f"{', '.join([*simulators.CASES, *physics.CASES])}; scaling: {', '.join(scaling.CASES)}; may be repeated; all",
+        f"{', '.join([*simulators.CASES, *physics.CASES])}; scaling: {', '.join(scaling.CASES)}; "
+        f"fan-out: {', '.join(fan_out.CASES)}; may be repeated; all",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every contender; medians are shown")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from configs.defence import Defence
 
 DENOISERS = ("autoencoder", "dncnn", "unet")
-_OWN_ONLY = ("settings", "batch_size", "cache", "budget", "images_per_second", "price_per_thousand")
+_OWN_ONLY = ("settings", "batch_size", "cache", "budget", "images_per_second", "calls_per_second", "price_per_thousand")
 
 
 def _victim(defence: "Defence") -> Iterator[Problem]:
@@ -44,6 +44,7 @@ _HERE = {
     "batch_size": "batch_size",
     "budget": "budget",
     "examples_per_second": "images_per_second",
+    "calls_per_second": "calls_per_second",
     "price_per_thousand": "price_per_thousand",
 }
 """Settings of the adapters that have a key of their own, and that key."""
