@@ -207,6 +207,15 @@ def doctor(
     raise typer.Exit(examination.report(examination.examine(), as_json=as_json))
 
 
+@app.command()
+@_reported
+def deliver() -> None:
+    """Tell MLflow what earlier runs could not tell it because it was away; the next run does the same at its start."""
+    from tasks.waiting import deliver_on_demand
+
+    print(deliver_on_demand())
+
+
 @data_app.command("list")
 @_reported
 def list_data() -> None:
