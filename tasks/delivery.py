@@ -19,7 +19,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from mlflow.exceptions import MlflowException
 from deepzero_core.errors import WorkError
 from tasks.gate import Gate, gate
 from tasks.spool import Spool
-from tasks.tracking_store import REASON, STORE_ERRORS, one_line, store_digest, tracking_uri
+from tasks.tracking_store import REASON, STORE_ERRORS, one_line, tracking_uri
 
 _log = logging.getLogger(__name__)
 
@@ -51,13 +51,26 @@ _REFUSALS = {
     "RESOURCE_DOES_NOT_EXIST",
 }
 
+# Of these, the ones that a single bad value in a request brings about.
+_OF_ONE_VALUE = {"BAD_REQUEST", "INVALID_PARAMETER_VALUE"}
+
+Point = tuple[str, float, int, int]
+"""Key, value, time, step."""
+
 
 class UnavailableError(WorkError):
     """The store does not answer now. What it was to be told waits."""
 
 
 class RefusedError(WorkError):
-    """The store answers and does not take it; it would not take it later either."""
+    """The store answers and does not take it; it would not take it later either.
+
+    entries: what is refused, where that is less than what was sent.
+    """
+
+    def __init__(self, message: str, entries: Sequence[Mapping[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.entries = entries
 
 
 @contextmanager
@@ -96,6 +109,23 @@ class Outbox:
     def suspect(self) -> None:
         """MLflow may have some of what comes: somebody else spoke for this run."""
         self._doubt = True
+
+    def at_home(self) -> bool:
+        """Whether the store is the one that this was meant for: it has the run or, before that has begun, its parent.
+
+        Raises:
+            UnavailableError: the store does not answer.
+        """
+        run_id: str | None = self.run_id
+        if not self._began:
+            first = next((line.entry for line in self.spool.read(self.spool.start) if line.entry), {})
+            tags = first.get("tags")
+            run_id = tags.get("mlflow.parentRunId") if isinstance(tags, dict) else None
+        try:
+            with asking(self.gate, "a question"):
+                return run_id is not None and self.client.get_run(run_id) is not None
+        except RefusedError:
+            return False
 
     def put(self, entry: Mapping[str, Any]) -> None:
         """Keep an entry; WorkError when the disk does not take it."""
@@ -146,7 +176,7 @@ class Outbox:
                 try:
                     self._send(entries)
                 except RefusedError as error:
-                    self._set_aside(entries, error)
+                    self._set_aside(error.entries or entries, error)
                     refusal = refusal or error
                 except UnavailableError:
                     self._doubt = True
@@ -155,15 +185,11 @@ class Outbox:
                 self._offset = end
             self._known.clear()
             self._doubt = False
-            self.spool.clear(self.head())
+            self.spool.clear(head(self.run_id))
             self._offset = self.spool.start
         self.gate.succeeded()
         if refusal is not None:
             raise refusal
-
-    def head(self) -> dict[str, Any]:
-        """The first line of this run's spool."""
-        return head(self.run_id)
 
     def close(self) -> None:
         """Let go of the spool; where something waits in it, others can deliver it from now on."""
@@ -193,7 +219,11 @@ class Outbox:
     def _send(self, entries: list[dict[str, Any]]) -> None:
         kind = entries[0].get("kind")
         if kind == "metrics":
-            self._send_metrics([tuple(point) for entry in entries for point in entry["points"]])
+            refused: list[tuple[Point, RefusedError]] = []
+            self._send_metrics([tuple(point) for entry in entries for point in entry["points"]], refused)
+            if refused:
+                points = [point for point, _ in refused]
+                raise RefusedError(str(refused[0][1]), [{"kind": "metrics", "points": points}]) from refused[0][1]
             return
         send = _SENDERS.get(str(kind))
         try:
@@ -203,14 +233,26 @@ class Outbox:
         except (KeyError, TypeError, AttributeError) as error:
             raise RefusedError(f"an entry of the kind {kind!r} is not what was written: {one_line(error)}") from error
 
-    def _send_metrics(self, points: list[tuple[str, float, int, int]]) -> None:
-        with asking(self.gate, f"{len(points)} metrics"):
+    def _send_metrics(self, points: list[Point], refused: list[tuple[Point, RefusedError]]) -> None:
+        """Send points; what the store does not take of them is found by halving and added to `refused`."""
+        try:
+            with asking(self.gate, f"{len(points)} metrics"):
+                if self._doubt:
+                    points = self._unknown(points)
+                if points:
+                    self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in points])
+        except RefusedError as error:
+            whole = getattr(error.__cause__, "error_code", "") not in _OF_ONE_VALUE
+            if whole or len(points) == 1:
+                refused += [(point, error) for point in points]
+                return
             if self._doubt:
-                points = self._unknown(points)
-            if points:
-                self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in points])
+                self._known.clear()
+            half = len(points) // 2
+            self._send_metrics(points[:half], refused)
+            self._send_metrics(points[half:], refused)
 
-    def _unknown(self, points: list[tuple[str, float, int, int]]) -> list[tuple[str, float, int, int]]:
+    def _unknown(self, points: list[Point]) -> list[Point]:
         """Those that the run does not have."""
         left = []
         for point in points:
@@ -274,7 +316,7 @@ class Outbox:
         with asking(self.gate, f"the end of run {self.run_id}"):
             self.client.set_terminated(self.run_id, entry["status"], entry["time"])
 
-    def _set_aside(self, entries: list[dict[str, Any]], error: RefusedError) -> None:
+    def _set_aside(self, entries: Sequence[Mapping[str, Any]], error: RefusedError) -> None:
         aside = self.spool.path.with_suffix(".refused")
         with aside.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
@@ -298,8 +340,8 @@ def new_id() -> str:
 
 
 def head(run_id: str, *, began: bool = True) -> dict[str, Any]:
-    """First line of a spool. The store is told by a digest: its address may hold a password."""
-    return {"kind": "run", "run_id": run_id, "store": store_digest(tracking_uri()), "began": began}
+    """First line of a spool. It does not name the store, whose address may hold a password: see `Outbox.at_home`."""
+    return {"kind": "run", "run_id": run_id, "began": began}
 
 
 def create(client: MlflowClient, entry: Mapping[str, Any]) -> str:

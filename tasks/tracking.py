@@ -141,7 +141,7 @@ class Run:
         given = {key: str(value)[:_TAG_CHARACTERS] for key, value in (tags or {}).items()}
         entry = {"experiment_id": experiment_id, "name": name, "tags": {**given, **standard}, "time": now_ms()}
         run = cls(_begin(entry, own, may_wait=parent is not None), experiment_id, last_steps={})
-        run._log_params(params or {})
+        run.params(params or {})
         return run
 
     @classmethod
@@ -201,6 +201,14 @@ class Run:
     def tags(self, values: Mapping[str, object]) -> None:
         """Set tags."""
         self._say({"kind": "tags", "values": {key: str(value)[:_TAG_CHARACTERS] for key, value in values.items()}})
+
+    def params(self, params: Mapping[str, object]) -> None:
+        """Record settings, as `start` does."""
+        flat = dict(_flattened(params))
+        if flat:
+            self._say({"kind": "params", "values": {key: _shortened(value) for key, value in flat.items()}})
+        if any(len(value) > _PARAM_CHARACTERS for value in flat.values()):
+            self.text(json.dumps(params, indent=2, default=str), "config/params.json")
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a file, or what a folder holds, into the run's artifacts, below `folder`."""
@@ -303,13 +311,6 @@ class Run:
             return self._outbox.try_to_deliver()
         except RefusedError:
             return True
-
-    def _log_params(self, params: Mapping[str, object]) -> None:
-        flat = dict(_flattened(params))
-        if flat:
-            self._say({"kind": "params", "values": {key: _shortened(value) for key, value in flat.items()}})
-        if any(len(value) > _PARAM_CHARACTERS for value in flat.values()):
-            self.text(json.dumps(params, indent=2, default=str), "config/params.json")
 
 
 def _flattened(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """The MLflow store: where it is, how it is opened by many processes, and what killed ones leave behind in it."""
 
-import hashlib
 import logging
 import os
 import shlex
@@ -42,13 +41,6 @@ _EXPERIMENT_TAGS = {
 def tracking_uri() -> str:
     """Where runs are kept."""
     return os.environ.get(VARIABLE) or f"sqlite:///{mlflow_database(home()).as_posix()}"
-
-
-def store_digest(uri: str) -> str:
-    """Tells stores apart without naming them: 16 hex digits of the address without user and password."""
-    address = urlsplit(uri)
-    plain = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl().rstrip("/")
-    return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 
 def initialise(name: str) -> str:

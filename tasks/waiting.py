@@ -8,11 +8,11 @@ from pathlib import Path
 
 from deepzero_core.errors import RequestError, WorkError
 from infra.home import home
-from tasks.delivery import Outbox, RefusedError
+from tasks.delivery import Outbox, RefusedError, UnavailableError
 from tasks.gate import gate
 from tasks.spool import Spool, SpoolInUseError, waiting
 from tasks.tracking_store import VARIABLE as STORE_VARIABLE
-from tasks.tracking_store import store_digest, tracking_uri, with_store
+from tasks.tracking_store import tracking_uri, with_store
 
 _log = logging.getLogger(__name__)
 
@@ -54,20 +54,23 @@ def deliver_waiting() -> Delivered:
             _log.warning("%s", error)
             left.append(path)
             continue
-        here, head = store_digest(tracking_uri()), spool.head
-        if spool.empty:
+        if spool.empty:  # a process that was killed with nothing left to tell
             spool.close()
             continue
-        if head.get("store", here) != here:
-            elsewhere.append(path)
-            spool.close()
-            continue
+        head = spool.head
         # Where the first line is damaged, the file's name says whose it is.
         outbox = Outbox(spool, str(head.get("run_id", path.stem)), began=bool(head.get("began", True)), doubt=True)
-        if _delivered(outbox):
-            runs += 1
-        else:
+        try:
+            if outbox.gate.passable() and not outbox.at_home():
+                elsewhere.append(path)
+            elif _delivered(outbox):
+                runs += 1
+            else:
+                left.append(path)
+        except UnavailableError:
             left.append(path)
+        finally:
+            outbox.close()
     return Delivered(runs, tuple(left), tuple(elsewhere))
 
 
@@ -117,7 +120,7 @@ def _places(paths: tuple[Path, ...]) -> str:
 
 
 def _delivered(outbox: Outbox) -> bool:
-    """Deliver one spool and let go of it; whether nothing is left."""
+    """Deliver one spool; whether nothing is left."""
     try:
         return outbox.try_to_deliver()
     except RefusedError:
@@ -125,5 +128,3 @@ def _delivered(outbox: Outbox) -> bool:
     except WorkError as error:
         _log.warning("%s", error)
         return False
-    finally:
-        outbox.close()
