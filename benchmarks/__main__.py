@@ -1,12 +1,14 @@
 """`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative;
 `memory`: what an estimate needs beside a forward pass; `certification`: randomised smoothing against a plain loop;
-`simulators`: advanced together beside PhiFlow's own step, and their physics.
+`simulators`: advanced together beside PhiFlow's own step, and their physics; `faults`: runs that have things killed
+around them, and what was lost.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png
 python -m benchmarks memory --case dncnn17
 python -m benchmarks certification --case digits --threads 1
 python -m benchmarks simulators --case wake --case cole-hopf
+python -m benchmarks faults --case mlflow --repeats 10
 """
 
 import argparse
@@ -21,6 +23,8 @@ from rich.console import Console
 
 from benchmarks import accuracy, certification, memory, physics, plot, simulators
 from benchmarks.cases import CASES
+from benchmarks.faults import table as faults
+from benchmarks.faults.cases import CASES as FAULTS
 from benchmarks.machine import machine
 from benchmarks.measure import Options, measure
 from benchmarks.results import Row, save
@@ -109,12 +113,25 @@ def _simulators(options: argparse.Namespace) -> None:
         raise WorkError(f"the simulators are not what they should be: {'; '.join(wrong)}")
 
 
+def _faults(options: argparse.Namespace) -> None:
+    cases = _known(options.case or list(FAULTS), list(FAULTS), "case")
+    _set_up(options)
+    report = _Report()
+    facts = machine(options.threads, torch.device("cpu"))
+    rows = faults.measure(cases, options.repeats, report)
+    save(options.json, {"machine": facts, "faults": faults.documents(rows)})
+    print(faults.markdown(rows))
+    if lost := [row.case for row in rows if row.lost]:
+        raise WorkError(f"something was lost, or was not as it should be: {', '.join(lost)}")
+
+
 _WHAT = {
     "speed": _speed,
     "accuracy": _accuracy,
     "memory": _memory,
     "certification": _certification,
     "simulators": _simulators,
+    "faults": _faults,
 }
 
 
@@ -137,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         "--case",
         action="append",
         help=f"one of {', '.join([*CASES, WORKERS])}; certification: {', '.join(certification.CASES)}; simulators: "
-        f"{', '.join([*simulators.CASES, *physics.CASES])}; may be repeated; all",
+        f"{', '.join([*simulators.CASES, *physics.CASES])}; faults: {', '.join(FAULTS)}; may be repeated; all",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every contender; medians are shown")

@@ -9,7 +9,6 @@ A line is one write: a process that is killed leaves whole lines, at worst a las
 wrong are left out, counted and never taken for something else.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -87,8 +86,9 @@ class Spool:
         with _writing(self.path):
             try:
                 with self.path.open("ab", buffering=0) as file:
-                    if file.write(line) != len(line):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    rest = memoryview(line)
+                    while rest:  # a disk that is nearly full takes a part, and says at the next attempt what is wrong
+                        rest = rest[file.write(rest) :]
             except OSError:
                 os.truncate(self.path, size)
                 raise
