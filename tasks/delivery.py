@@ -205,7 +205,7 @@ class Outbox:
             if entry is None:
                 damaged += 1
                 continue
-            size = len(entry.get("points", ())) if entry.get("kind") == "metrics" else METRICS_PER_BATCH
+            size = len(_points(entry)) if entry.get("kind") == "metrics" else METRICS_PER_BATCH
             if together and points + size > METRICS_PER_BATCH:
                 yield together, end
                 together, points = [], 0
@@ -220,7 +220,7 @@ class Outbox:
         kind = entries[0].get("kind")
         if kind == "metrics":
             refused: list[tuple[Point, RefusedError]] = []
-            self._send_metrics([tuple(point) for entry in entries for point in entry["points"]], refused)
+            self._send_metrics([point for entry in entries for point in _points(entry)], refused)
             if refused:
                 points = [point for point, _ in refused]
                 raise RefusedError(str(refused[0][1]), [{"kind": "metrics", "points": points}]) from refused[0][1]
@@ -230,7 +230,7 @@ class Outbox:
             if send is None:
                 raise RefusedError(f"MLflow cannot be told an entry of the kind {kind!r}")
             send(self, entries[0])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise RefusedError(f"an entry of the kind {kind!r} is not what was written: {one_line(error)}") from error
 
     def _send_metrics(self, points: list[Point], refused: list[tuple[Point, RefusedError]]) -> None:
@@ -321,6 +321,20 @@ class Outbox:
         with aside.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
         _log.warning("%s; it is kept in %s", error, aside)
+
+
+def _points(entry: Mapping[str, Any]) -> list[Point]:
+    """The points of an entry; those that are none are left out, for the file may hold anything."""
+    found = entry.get("points")
+    return [
+        (point[0], point[1], point[2], point[3])
+        for point in (found if isinstance(found, list) else ())
+        if isinstance(point, list)
+        and len(point) == 4
+        and isinstance(point[0], str)
+        and isinstance(point[1], float)
+        and all(isinstance(number, int) and abs(number) < 2**62 for number in point[2:])
+    ]
 
 
 _SENDERS = {

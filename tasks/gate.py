@@ -43,12 +43,18 @@ class Gate:
     _again: float = 0.0
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
-    def passable(self, *, now: bool = False) -> bool:
-        """Whether an attempt is worth its time; `now`: without waiting for the pause to end."""
+    def ask_now(self) -> bool:
+        """As `passable`, without waiting for the pause to end."""
+        with self._turn:
+            self._again = self.clock()
+        return self.passable()
+
+    def passable(self) -> bool:
+        """Whether an attempt is worth its time."""
         with self._turn:
             if not self._failures:
                 return True
-            if not now and self.clock() < self._again:
+            if self.clock() < self._again:
                 return False
             if answers(self.uri):
                 return True

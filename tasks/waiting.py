@@ -45,6 +45,7 @@ def patience_s() -> float:
 def deliver_waiting() -> Delivered:
     """Deliver what lies below deepzero's home and no living process holds, as far as the store takes it now."""
     runs, left, elsewhere = 0, [], []
+    gate(tracking_uri()).ask_now()
     for path in waiting(home()):
         try:
             spool = Spool(path)
@@ -104,8 +105,7 @@ def settle(patience: float) -> None:
         deadline = time.monotonic() + patience
         while found.left and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-            if gate(tracking_uri()).passable(now=True):
-                found = deliver_waiting()
+            found = deliver_waiting()
     if found.left:
         _log.warning(
             "MLflow has not been told everything about %d runs: it waits in %s, and `deepzero deliver` or the next run "
