@@ -4,9 +4,13 @@ A case asserts what has to be seen on the way: that the run noticed, said so in 
 judged afterwards, the same for all (`verdict`).
 """
 
+import os
 import random
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +29,12 @@ from benchmarks.faults.processes import (
 from benchmarks.faults.verdict import STEPS
 
 Outcome = tuple[Home, list[Process]]
+
+
+class Skipped(Exception):  # noqa: N818 - not an error
+    """This machine does not allow what the case does."""
+
+
 ALONE = ("--set", "cluster.workers=0")
 
 
@@ -241,6 +251,52 @@ def sleep(bench: Bench, draw: random.Random) -> Outcome:
     return home, [run]
 
 
+@case(
+    "disk",
+    "the disk is full while a checkpoint is written",
+    "exit 1 with a sentence, earlier checkpoints intact; with room again the same command goes on",
+)
+def disk(bench: Bench, draw: random.Random) -> Outcome:
+    """The folder of the stages is a file system of its own, in memory, that holds the data of one checkpoint and a half
+    beside what else lies there; then it is made larger."""
+    if not can_mount():
+        raise Skipped("a file system in memory needs the right to mount one (user namespaces)")
+    home = bench.home()
+    room = draw.randint(90, 130)
+    stages, kept = home.path / "stages", home.path / "kept"
+    stages.mkdir()
+    command = shlex.join([sys.executable, "-m", "flows.cli", *bench.run, *ALONE])
+    script = (
+        f"mount -t tmpfs -o size={room}k tmpfs {stages}; {command}; echo status $?; ls -R {stages} >&2; "
+        f"mount -o remount,size=64m {stages}; {command}; status=$?; cp -a {stages} {kept}; exit $status"
+    )
+    run = home.start_as("unshare", "-Urm", "sh", "-c", script)
+    assert run.wait() == 0, run.errors
+    assert re.search(r"^status 1$", run.said, re.M), run.said
+    assert re.search(r"^error: .*: No space left on device", run.errors, re.M), run.errors
+    stages.rmdir()
+    kept.rename(stages)
+    return home, [run]
+
+
+@case("clock", "the clock of every process jumps by up to a day, forwards or back", "the run goes on")
+def clock(bench: Bench, draw: random.Random) -> Outcome:
+    home, folder = bench.home(), bench.place("clock")
+    jump = draw.choice([-1, 1]) * draw.uniform(3600, 86400)
+    # Every Python process imports this at its start: time.time is then a clock that jumps when the file appears.
+    (folder / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "_true, _file = time.time, os.path.join(os.path.dirname(__file__), 'jumped')\n"
+        f"time.time = lambda: _true() + ({jump} if os.path.exists(_file) else 0.0)\n"
+    )
+    home.variables["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    run = home.start(*bench.run)
+    home.wait_for_step(run, somewhere(draw))
+    (folder / "jumped").touch()
+    assert run.wait() == 0, run.errors
+    return home, [run]
+
+
 @case("twice", "two identical runs started at once", "the second waits for each stage of the first, and skips it")
 def twice(bench: Bench, draw: random.Random) -> Outcome:
     home = bench.home()
@@ -253,3 +309,12 @@ def twice(bench: Bench, draw: random.Random) -> Outcome:
         assert sum(bool(re.match(rf"{stage} +done in", line)) for line in lines) == 1, stage
         assert sum(bool(re.match(rf"{stage} +unchanged, skipped", line)) for line in lines) == 1, stage
     return home, both
+
+
+def can_mount() -> bool:
+    """Whether this user may mount a file system in memory, in a name space of its own."""
+    try:
+        probe = ["unshare", "-Urm", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
+        return subprocess.run(probe, capture_output=True, check=False, timeout=30).returncode == 0
+    except OSError:
+        return False

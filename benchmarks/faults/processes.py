@@ -198,6 +198,10 @@ class Home:
 
     def start(self, *arguments: str) -> Process:
         """A run of the command line."""
+        return self.start_as(sys.executable, "-m", "flows.cli", *arguments)
+
+    def start_as(self, *command: str) -> Process:
+        """Any command, with this home."""
         variables = {
             "DEEPZERO_HOME": str(self.path),
             "PREFECT_HOME": str(self.path.with_name(f"{self.path.name}-prefect")),
@@ -205,8 +209,7 @@ class Home:
             **self.variables,
         }
         output = self.path.with_name(f"{self.path.name}-{len(self.started)}.out")
-        process = Process([sys.executable, "-m", "flows.cli", *arguments], output, variables).start()
-        assert isinstance(process, Process)
+        process = Process(list(command), output, variables).start()
         self.started.append(process)
         return process
 
