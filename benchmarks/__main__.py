@@ -1,7 +1,7 @@
 """`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative;
 `memory`: what an estimate needs beside a forward pass; `certification`: randomised smoothing against a plain loop;
 `simulators`: advanced together beside PhiFlow's own step, and their physics; `faults`: runs that have things killed
-around them, and what was lost.
+around them, and what was lost; `orchestration`: what Prefect, MLflow and Dask cost beside the bare loop.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png
@@ -9,19 +9,23 @@ python -m benchmarks memory --case dncnn17
 python -m benchmarks certification --case digits --threads 1
 python -m benchmarks simulators --case wake --case cole-hopf
 python -m benchmarks faults --case mlflow --repeats 10
+python -m benchmarks orchestration --steps 500
 """
 
 import argparse
 import dataclasses
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, certification, memory, physics, plot, simulators
+from benchmarks import accuracy, certification, memory, orchestration, physics, plot, simulators
 from benchmarks.cases import CASES
 from benchmarks.faults import table as faults
 from benchmarks.faults.cases import CASES as FAULTS
@@ -32,6 +36,7 @@ from benchmarks.table import show
 from benchmarks.workers import measure_workers
 from deepzero_core.errors import DeepZeroError, RequestError, WorkError, suggest
 from deepzero_core.perturb.estimate import PRECISIONS
+from infra.orchestration import configure
 from tasks.environment import version
 
 WORKERS = "workers"
@@ -125,6 +130,30 @@ def _faults(options: argparse.Namespace) -> None:
         raise WorkError(f"something was lost, or was not as it should be: {', '.join(lost)}")
 
 
+def _orchestration(options: argparse.Namespace) -> None:
+    _set_up(options)
+    with _own_home():
+        facts = machine(1, torch.device("cpu"))
+        cost = orchestration.measure(options.steps, _Report())
+    save(options.json, {"machine": facts, "orchestration": orchestration.document(cost)})
+    orchestration.show(cost)
+    if not cost.same_bits:
+        raise WorkError("the two ways of training do not end with the same bits")
+    if not cost.holds:
+        raise WorkError(f"orchestration costs {cost.processor_share:.1%}, more than {orchestration.BAR:.0%}")
+
+
+@contextmanager
+def _own_home() -> Iterator[None]:
+    """State folders for one benchmark: what is measured is not what lies in the user's."""
+    with tempfile.TemporaryDirectory(prefix="deepzero-benchmark-", ignore_cleanup_errors=True) as folder:
+        os.environ |= {"DEEPZERO_HOME": f"{folder}/home", "PREFECT_HOME": f"{folder}/prefect"}
+        for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "MLFLOW_TRACKING_URI"):
+            os.environ.pop(name, None)
+        configure()
+        yield
+
+
 _WHAT = {
     "speed": _speed,
     "accuracy": _accuracy,
@@ -132,6 +161,7 @@ _WHAT = {
     "certification": _certification,
     "simulators": _simulators,
     "faults": _faults,
+    "orchestration": _orchestration,
 }
 
 
@@ -161,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", help=f"of {', '.join(PRECISIONS)}, with commas; float32, for accuracy all of them"
     )
+    parser.add_argument("--steps", type=int, default=500, help="orchestration only: steps of each way")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--json",
