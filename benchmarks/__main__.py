@@ -1,7 +1,8 @@
 """`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative;
 `memory`: what an estimate needs beside a forward pass; `certification`: randomised smoothing against a plain loop;
 `simulators`: advanced together beside PhiFlow's own step, and their physics; `faults`: runs that have things killed
-around them, and what was lost; `orchestration`: what Prefect, MLflow and Dask cost beside the bare loop.
+around them, and what was lost; `orchestration`: what Prefect, MLflow and Dask cost beside the bare loop; `soak`: an hour
+of training with flat memory; `load`: 100,000 metrics in one run, fifty runs in a queue.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png
@@ -10,6 +11,8 @@ python -m benchmarks certification --case digits --threads 1
 python -m benchmarks simulators --case wake --case cole-hopf
 python -m benchmarks faults --case mlflow --repeats 10
 python -m benchmarks orchestration --steps 500
+python -m benchmarks soak --minutes 60 --plot docs/images/soak.png
+python -m benchmarks load --case metrics
 """
 
 import argparse
@@ -25,7 +28,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, certification, memory, orchestration, physics, plot, simulators
+from benchmarks import accuracy, certification, load, memory, orchestration, physics, plot, simulators, soak
 from benchmarks.cases import CASES
 from benchmarks.faults import table as faults
 from benchmarks.faults.cases import CASES as FAULTS
@@ -143,6 +146,33 @@ def _orchestration(options: argparse.Namespace) -> None:
         raise WorkError(f"orchestration costs {cost.processor_share:.1%}, more than {orchestration.BAR:.0%}")
 
 
+def _soak(options: argparse.Namespace) -> None:
+    _set_up(options)
+    with _own_home():
+        facts = machine(1, torch.device("cpu"))
+        found = soak.measure(options.minutes, _Report())
+    save(options.json, {"machine": facts, "soak": soak.document(found)})
+    soak.show(found)
+    if options.plot:
+        soak.draw(found, options.plot)
+    if not found.flat:
+        raise WorkError(f"memory grows: {', '.join(f'{name} {share:+.1%}' for name, share in found.growth.items())}")
+
+
+def _load(options: argparse.Namespace) -> None:
+    cases = _known(options.case or ["metrics", "queue"], ["metrics", "queue"], "case")
+    _set_up(options)
+    report = _Report()
+    with _own_home():
+        facts = machine(1, torch.device("cpu"))
+        rows = [load.metrics() if case == "metrics" else load.queue(50, 4, report) for case in cases]
+    save(options.json, {"machine": facts, "load": [dataclasses.asdict(row) for row in rows]})
+    for row in rows:
+        print(f"{row.what}: {row.seconds:.1f} s, lost: {row.lost or 'nothing'}")
+    if lost := [row.what for row in rows if row.lost]:
+        raise WorkError(f"something was lost: {'; '.join(lost)}")
+
+
 @contextmanager
 def _own_home() -> Iterator[None]:
     """State folders for one benchmark: what is measured is not what lies in the user's."""
@@ -162,6 +192,8 @@ _WHAT = {
     "simulators": _simulators,
     "faults": _faults,
     "orchestration": _orchestration,
+    "soak": _soak,
+    "load": _load,
 }
 
 
@@ -184,7 +216,8 @@ def _parser() -> argparse.ArgumentParser:
         "--case",
         action="append",
         help=f"one of {', '.join([*CASES, WORKERS])}; certification: {', '.join(certification.CASES)}; simulators: "
-        f"{', '.join([*simulators.CASES, *physics.CASES])}; faults: {', '.join(FAULTS)}; may be repeated; all",
+        f"{', '.join([*simulators.CASES, *physics.CASES])}; faults: {', '.join(FAULTS)}; load: metrics, queue; may be "
+        "repeated; all",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every contender; medians are shown")
@@ -192,13 +225,14 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", help=f"of {', '.join(PRECISIONS)}, with commas; float32, for accuracy all of them"
     )
     parser.add_argument("--steps", type=int, default=500, help="orchestration only: steps of each way")
+    parser.add_argument("--minutes", type=float, default=60.0, help="soak only: how long")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--json",
         type=Path,
         help="where the numbers go; benchmarks.json, benchmarks-accuracy.json, and so on",
     )
-    parser.add_argument("--plot", type=Path, help="accuracy only: where the picture goes")
+    parser.add_argument("--plot", type=Path, help="accuracy, soak: where the picture goes")
     return parser
 
 

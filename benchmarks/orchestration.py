@@ -211,6 +211,28 @@ def _orchestrated(
     experiment: Experiment, inputs: "queue.Queue[Any]", turns: Turns, report: Callable[[str], None]
 ) -> tuple[str, float]:
     """The flow's own stages; only the trainer waits for its turn. The weights, and when the first step could begin."""
+    ready = 0.0
+
+    def waiting(records: Iterator[Any]) -> Iterator[Any]:
+        nonlocal ready
+        ready = time.perf_counter()
+        _known[:] = psutil.Process().children(recursive=True)
+        report(f"both are ready; processes beside this one: {len(_known)}")
+        return turns.taken("orchestrated", records)
+
+    return in_flow(experiment, waiting, lambda *made: inputs.put(made)), ready
+
+
+def in_flow(
+    experiment: Experiment,
+    watched: Callable[[Iterator[Any]], Iterator[Any]],
+    handed: Callable[..., None] = lambda *made: None,
+) -> str:
+    """Prepare, prune and train in a Prefect flow, by the stages of `classify`; the digest of the weights.
+
+    watched: what becomes of the trainer's records on their way to the stage. handed: is given the records of the first
+    two stages.
+    """
     from prefect import flow
 
     from deepzero_core.training import Trainer
@@ -219,28 +241,22 @@ def _orchestrated(
     from tasks.prepare import prepare
     from tasks.prune import prune
 
-    ready = 0.0
-
-    class Waiting(Trainer):
+    class Watched(Trainer):
         def run(self) -> Iterator[Any]:
-            nonlocal ready
-            ready = time.perf_counter()
-            _known[:] = psutil.Process().children(recursive=True)
-            report(f"both are ready; processes beside this one: {len(_known)}")
-            return turns.taken("orchestrated", super().run())
+            return watched(super().run())
 
-    @flow(name="orchestration", flow_run_name="orchestration")
-    def orchestration() -> str:
-        with recorded("orchestration", experiment) as tracking:
+    @flow(name="benchmark", flow_run_name="benchmark")
+    def benchmark() -> str:
+        with recorded("benchmark", experiment) as tracking:
             prepared = prepare(tracking, experiment.data)
             pruned = prune(tracking, experiment, prepared)
-            inputs.put((prepared, pruned))
+            handed(prepared, pruned)
             return stage.train(tracking, experiment, prepared, pruned, "cge").weights_digest
 
     plain = stage.Trainer
-    stage.Trainer = Waiting  # type: ignore[misc]
+    stage.Trainer = Watched  # type: ignore[misc]
     try:
-        return orchestration(), ready
+        return benchmark()
     finally:
         stage.Trainer = plain  # type: ignore[misc]
 

@@ -67,10 +67,12 @@ def intact(path: Path, mark: Any) -> bool:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a history; a last line that was cut short by a kill is left out."""
-    for text in path.read_text(encoding="utf-8").splitlines():
+    """The lines of a history up to the first that is none: a kill cuts the last one short."""
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             return
         yield line
