@@ -1,8 +1,8 @@
 """`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative;
 `memory`: what an estimate needs beside a forward pass; `certification`: randomised smoothing against a plain loop;
 `simulators`: advanced together beside PhiFlow's own step, and their physics; `faults`: runs that have things killed
-around them, and what was lost; `orchestration`: what Prefect, MLflow and Dask cost beside the bare loop; `soak`: an hour
-of training with flat memory; `load`: 100,000 metrics in one run, fifty runs in a queue.
+around them, and what was lost; `orchestration`: what Prefect, MLflow and Dask cost beside the bare loop; `soak`: an
+hour of training with flat memory; `load`: 100,000 metrics in one run, fifty runs in a queue.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png

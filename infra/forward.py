@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from deepzero_core import GradientEstimate
 from deepzero_core.data import Augmentation, BatchSource, ImageStore
-from deepzero_core.errors import WorkError
+from deepzero_core.errors import LostError
 from deepzero_core.estimators.cge import queries, slope, work
 from deepzero_core.models import build_model
 from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
@@ -213,7 +213,7 @@ class DistributedCGE:
         """As `deepzero_core.cge`.
 
         Raises:
-            WorkError: no worker answered within the time-out, the scheduler was lost, or a range kills its workers.
+            LostError: no worker answered within the time-out, the scheduler was lost, or a range kills its workers.
         """
         parameters, buffers = state_of(module)
         seed = torch.initial_seed()
@@ -268,13 +268,13 @@ class DistributedCGE:
             if self.client.status == "running":
                 self.client.cancel(list(futures))  # nobody waits for them any more
             if isinstance(error, KilledWorker):
-                raise WorkError(
+                raise LostError(
                     f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and each of them died; "
                     "see to their memory, or take a smaller estimator.memory_mib"
                 ) from error
             if isinstance(error, CancelledError | OSError):
                 address = self.client.scheduler.address
-                raise WorkError(f"the Dask scheduler at {address} was lost in the middle of a step") from error
+                raise LostError(f"the Dask scheduler at {address} was lost in the middle of a step") from error
             raise
 
     def _wait(self, futures: Sequence[Future]) -> None:
@@ -292,7 +292,7 @@ class DistributedCGE:
                     finished, heard = done, time.monotonic()
                 if time.monotonic() - heard > self.timeout_s:
                     workers = len(self.client.scheduler_info(n_workers=-1)["workers"])
-                    raise WorkError(
+                    raise LostError(
                         f"no answer from the {workers} Dask workers for {self.timeout_s:g} s "
                         f"({finished} of {len(futures)} tasks of this step are done)"
                     ) from None

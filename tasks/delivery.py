@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -101,7 +102,7 @@ class Outbox:
         self.gate = gate(self._uri)
         self._turn = threading.RLock()
 
-    @property
+    @cached_property
     def client(self) -> MlflowClient:
         """A client of the store that was named when the outbox was opened; made when it is needed, for it connects."""
         return MlflowClient(tracking_uri=self._uri)

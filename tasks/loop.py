@@ -1,5 +1,5 @@
 """The loop of a training stage: history, metrics, checkpoints, progress. Killed at any moment it goes on from its last
-checkpoint, to the same bits; a black box that goes away ends it with a checkpoint at the step that it stands at."""
+checkpoint, to the same bits; a black box or workers that go away end it with one at the step that it stands at."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from typing import Any
 
 from prefect.logging import get_run_logger
 
-from deepzero_core.errors import BlackBoxError, RequestError, WorkError
+from deepzero_core.errors import LostError, RequestError, WorkError
 from deepzero_core.training import NonFiniteError, StepRecord, Trainer, check_state
 from deepzero_core.training.checkpoint import load_newest, save_step
 from tasks.history import History, intact
@@ -75,7 +75,7 @@ class Loop:
                         self._save(history)
                         saved_at = time.monotonic()
                     progress.advance(f"loss {record.loss:.3f}{note}")
-            except BlackBoxError as error:
+            except LostError as error:
                 self._save(history)
                 raise WorkError(
                     f"{error}; {stage.title} stands at step {trainer.step} of {total}, and the same command goes on "

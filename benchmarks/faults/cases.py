@@ -109,7 +109,8 @@ def scheduler(bench: Bench, draw: random.Random) -> Outcome:
     home.wait_for_step(first, somewhere(draw))
     server.kill()
     assert first.wait() == 1, first.errors
-    assert re.search(r"^error: the Dask scheduler at \S+ was lost in the middle of a step", first.errors, re.M)
+    lost = r"^error: the Dask scheduler at \S+ was lost in the middle of a step; train cge stands at step \d+ of"
+    assert re.search(lost, first.errors, re.M), first.errors
     for helper in helpers:
         helper.kill()
     server.start()
