@@ -278,19 +278,25 @@ class DistributedCGE:
             raise
 
     def _wait(self, futures: Sequence[Future]) -> None:
-        """Wait as long as ranges keep coming back; the time-out starts again with each of them."""
-        finished, heard = 0, time.monotonic()
+        """Wait as long as ranges keep coming back; the time-out starts again with each of them.
+
+        A machine that was asleep has not waited: of a look that took longer than it may, only its own time counts.
+        """
+        look_s = min(5.0, self.timeout_s / 4)
+        finished, waited, looked = 0, 0.0, time.monotonic()
         while True:
             try:
-                wait_for(futures, timeout=min(5.0, self.timeout_s))
+                wait_for(futures, timeout=look_s)
                 return
             except TimeoutError:
                 if self.client.status != "running":
                     raise ConnectionError(f"the Dask client is {self.client.status}") from None
+                waited += min(time.monotonic() - looked, 2 * look_s)
+                looked = time.monotonic()
                 done = sum(future.done() for future in futures)
                 if done > finished:
-                    finished, heard = done, time.monotonic()
-                if time.monotonic() - heard > self.timeout_s:
+                    finished, waited = done, 0.0
+                if waited > self.timeout_s:
                     workers = len(self.client.scheduler_info(n_workers=-1)["workers"])
                     raise LostError(
                         f"no answer from the {workers} Dask workers for {self.timeout_s:g} s "
