@@ -138,7 +138,7 @@ def measure(steps: int, report: Callable[[str], None]) -> Cost:
     bare.join(600)
     if bare.is_alive() or "bare" not in digests:
         raise WorkError("the bare loop did not end")
-    # A worker's first step builds what later ones find; the last one evaluates the network, which the bare loop does not.
+    # A worker's first step builds what later ones find; the last evaluates the network, the bare loop's does not.
     pairs = list(zip(turns.wall["bare"], turns.wall["orchestrated"], strict=True))[1:-1]
     sums = {side: sum(values[1 : len(pairs) + 1]) for side, values in turns.processor.items()}
     totals = [sum(side) for side in zip(*pairs, strict=True)]
