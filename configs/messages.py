@@ -34,8 +34,14 @@ def sentences(
         path = tuple(str(part) for part in found["loc"])
         # The last override that touches the key is the one to look at.
         blamed = next((o for o in reversed(overrides) if o.concerns(path)), None)
-        where = f"--set {shown(blamed.text, quote=False)}" if blamed else origin
+        where = f"--set {_plain(blamed, path)}" if blamed else origin
         yield f"{where}: {_reason(schema, path, found)}"
+
+
+def _plain(override: Override, path: tuple[str, ...]) -> str:
+    """An override as it was written; what is said to a service, which may be a secret, is left out."""
+    text = f"{override.text.partition('=')[0]}=…" if "settings" in path else override.text
+    return shown(text, quote=False)
 
 
 def _reason(schema: type[BaseModel], path: tuple[str, ...], found: Any) -> str:
