@@ -128,6 +128,8 @@ def _children() -> list[psutil.Process]:
 
 def measure(steps: int, report: Callable[[str], None]) -> Cost:
     """Train both ways, in turns; below a home and a Prefect folder that the caller has set up."""
+    import tasks.train  # noqa: F401
+
     experiment, data = _experiment(steps)
     turns, inputs, digests = Turns(), queue.Queue[Any](), {}
     bare = threading.Thread(target=lambda: digests.update(bare=_bare(experiment, inputs, turns)), daemon=True)
