@@ -2,7 +2,9 @@
 `memory`: what an estimate needs beside a forward pass; `certification`: randomised smoothing against a plain loop;
 `simulators`: advanced together beside PhiFlow's own step, and their physics; `faults`: runs that have things killed
 around them, and what was lost; `orchestration`: what Prefect, MLflow and Dask cost beside the bare loop; `soak`: an
-hour of training with flat memory; `load`: 100,000 metrics in one run, fifty runs in a queue.
+hour of training with flat memory; `load`: 100,000 metrics in one run, fifty runs in a queue;
+`scaling`: a step on 1 to 1,024 workers, simulated from measured costs; `slow-worker`: a step on workers of which one is
+ten times slower.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png
@@ -13,6 +15,8 @@ python -m benchmarks faults --case mlflow --repeats 10
 python -m benchmarks orchestration --steps 500
 python -m benchmarks soak --minutes 60 --plot docs/images/soak.png
 python -m benchmarks load --case metrics
+python -m benchmarks scaling --case demo --case cnn5 --network 1.25e9
+python -m benchmarks slow-worker --repeats 5
 """
 
 import argparse
@@ -28,7 +32,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, certification, load, memory, orchestration, physics, plot, simulators, soak
+from benchmarks import (
+    accuracy,
+    certification,
+    load,
+    memory,
+    orchestration,
+    physics,
+    plot,
+    scaling,
+    simulators,
+    slow_worker,
+    soak,
+)
 from benchmarks.cases import CASES
 from benchmarks.faults import table as faults
 from benchmarks.faults.cases import CASES as FAULTS
@@ -184,6 +200,27 @@ def _own_home() -> Iterator[None]:
         yield
 
 
+def _scaling(options: argparse.Namespace) -> None:
+    cases = _known(options.case or list(scaling.CASES), list(scaling.CASES), "case")
+    _set_up(options)
+    if not options.network > 0:
+        raise RequestError("--network must be a positive number of bytes per second")
+    report = _Report()
+    facts = machine(1, torch.device("cpu"))
+    report(f"load {facts['load']} before the start: whatever else runs on this machine is timed too")
+    costs, found = scaling.measure(cases, options.repeats, options.network, report)
+    save(options.json, {"machine": facts, **scaling.document(costs, found)})
+    scaling.show(costs, found)
+
+
+def _slow_worker(options: argparse.Namespace) -> None:
+    _set_up(options)
+    facts = machine(1, torch.device("cpu"))
+    found = slow_worker.measure(options.repeats, _Report())
+    save(options.json, {"machine": facts, "slow_worker": dataclasses.asdict(found) | {"ratio": found.ratio}})
+    slow_worker.show(found)
+
+
 _WHAT = {
     "speed": _speed,
     "accuracy": _accuracy,
@@ -194,6 +231,8 @@ _WHAT = {
     "orchestration": _orchestration,
     "soak": _soak,
     "load": _load,
+    "scaling": _scaling,
+    "slow-worker": _slow_worker,
 }
 
 
@@ -216,8 +255,8 @@ def _parser() -> argparse.ArgumentParser:
         "--case",
         action="append",
         help=f"one of {', '.join([*CASES, WORKERS])}; certification: {', '.join(certification.CASES)}; simulators: "
-        f"{', '.join([*simulators.CASES, *physics.CASES])}; faults: {', '.join(FAULTS)}; load: metrics, queue; may be "
-        "repeated; all",
+        f"{', '.join([*simulators.CASES, *physics.CASES])}; scaling: {', '.join(scaling.CASES)}; faults: "
+        f"{', '.join(FAULTS)}; load: metrics, queue; may be repeated; all",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every contender; medians are shown")
@@ -231,6 +270,9 @@ def _parser() -> argparse.ArgumentParser:
         "--json",
         type=Path,
         help="where the numbers go; benchmarks.json, benchmarks-accuracy.json, and so on",
+    )
+    parser.add_argument(
+        "--network", type=float, default=scaling.NETWORK, help="scaling only: bytes per second between two machines"
     )
     parser.add_argument("--plot", type=Path, help="accuracy, soak: where the picture goes")
     return parser

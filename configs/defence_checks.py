@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from configs.checks import Problem, certification, cluster, comparison, data_set, network
+from configs.clusters import FILES
 from configs.defence import WHITE_BOX, VictimConfig
 from configs.facts import BLACK_BOXES
 from deepzero_core.errors import suggest
@@ -98,6 +99,16 @@ def _images(defence: "Defence") -> Iterator[Problem]:
         yield "denoiser.arguments", f"{defence.denoiser.name!r} takes none; they are for your own callable"
 
 
+def _countable(defence: "Defence") -> Iterator[Problem]:
+    kind = FILES.get(str(defence.cluster.spec))
+    if kind in ("slurm", "kubernetes") and defence.victim.kind != "trained":
+        yield (
+            "cluster.spec",
+            f"what a classifier of kind {defence.victim.kind!r} is asked is counted on this machine: certify it with "
+            "workers of this machine, cluster.spec=local",
+        )
+
+
 CHECKS: tuple[Callable[["Defence"], Iterator[Problem]], ...] = (
     data_set,
     _victim,
@@ -106,4 +117,5 @@ CHECKS: tuple[Callable[["Defence"], Iterator[Problem]], ...] = (
     comparison,
     certification,
     cluster,
+    _countable,
 )

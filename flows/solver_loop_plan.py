@@ -6,6 +6,7 @@ from rich.table import Table
 
 from configs.solver_loop import ASKING, SolverLoop
 from deepzero_core.errors import RequestError
+from infra.specs import described
 
 
 def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, predict: bool = False) -> Table:
@@ -41,7 +42,7 @@ def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, pred
         "queries": f"at most {training.queries:,} per step",
         "solver steps": f"at most {asked:,} per zeroth-order training, {asked * asking:,} in all",
         "roll-out": f"{experiment.rollout.frames:,} steps of every test case",
-        "workers": experiment.cluster.address or str(experiment.cluster.workers),
+        "workers": described(experiment.cluster),
     }
     table = Table(show_header=False, box=None, title=f"{experiment.name}: what would be done", title_justify="left")
     for label, text in rows.items():

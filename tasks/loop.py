@@ -1,5 +1,5 @@
 """The loop of a training stage: history, metrics, checkpoints, progress. Killed at any moment it goes on from its last
-checkpoint, to the same bits; a black box or workers that go away end it with one at the step that it stands at."""
+checkpoint, to the same bits. Asked to stop, or left by black box or workers, it writes one where it stands."""
 
 import sys
 import time
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 
 from deepzero_core.errors import LostError, RequestError, WorkError
@@ -62,7 +63,7 @@ class Loop:
             stage.run.metrics(metrics_of(line), step=line["step"])
         saved_at = time.monotonic()
         with history, Progress(stage.title, total, trainer.step, self.expected) as progress:
-            note = ""
+            note, told = "", trainer.step
             try:
                 for record, seconds in _timed(self._explained()):
                     self._say(history, self._step_line(record) | self.line(record, seconds))
@@ -74,7 +75,13 @@ class Loop:
                     if last or record.step % self.checkpoint_every == 0 or _overdue(saved_at):
                         self._save(history)
                         saved_at = time.monotonic()
+                    told = record.step
                     progress.advance(f"loss {record.loss:.3f}{note}")
+            except (KeyboardInterrupt, SystemExit, TerminationSignal):
+                # The trainer counts a step before it changes a parameter: here nothing is half done.
+                if trainer.step == told:
+                    self._checkpoint(history)
+                raise
             except LostError as error:
                 self._save(history)
                 raise WorkError(
@@ -113,6 +120,10 @@ class Loop:
         }
 
     def _save(self, history: History) -> None:
+        self._checkpoint(history)
+        self.stage.run.flush()
+
+    def _checkpoint(self, history: History) -> None:
         """The stage's key is the digest of the configuration, the data and the code that the rest of the run needs."""
         history.flush()
         state = {
@@ -122,7 +133,6 @@ class Loop:
             "history": history.mark,
         }
         save_step(self.stage.folder / "checkpoints", self.trainer.step, state)
-        self.stage.run.flush()
 
     def _resume(self) -> float:
         """Restore the newest good checkpoint, if there is one; the seconds already spent."""

@@ -91,6 +91,16 @@ def reference_cases(loop: SolverLoop, numbers: Sequence[float]) -> list[Case]:
     return [_own_case(loop, int(number)) for number in numbers]
 
 
+def reference_cases_on_one_thread(loop: SolverLoop, numbers: Sequence[float]) -> list[Case]:
+    """The same here as on a worker, which computes on one thread: sums over several threads are other sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return reference_cases(loop, numbers)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _own_case(loop: SolverLoop, number: int) -> Case:
     name = str(loop.cases.function)
     made: Any

@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import psutil
 from filelock import FileLock, Timeout
@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deepzero_core.errors import DeepZeroError, RequestError, WorkError
 from infra.home import home, mlflow_artifacts, mlflow_database
+from infra.stack.state import joined
 from tasks import gate
 from tasks.environment import host
 
@@ -39,8 +40,16 @@ _EXPERIMENT_TAGS = {
 
 
 def tracking_uri() -> str:
-    """Where runs are kept."""
-    return os.environ.get(VARIABLE) or f"sqlite:///{mlflow_database(home()).as_posix()}"
+    """Where runs are kept: $MLFLOW_TRACKING_URI, the stack that runs, or the home's own file."""
+    if given := os.environ.get(VARIABLE):
+        return given
+    stack = joined(home())
+    return stack.mlflow_url if stack else f"sqlite:///{mlflow_database(home()).as_posix()}"
+
+
+def store_exists() -> bool:
+    """Whether there can be runs: a server and the user's own store are there, ours may not have been made yet."""
+    return bool(os.environ.get(VARIABLE)) or mlflow_database(home()).exists()
 
 
 def initialise(name: str) -> str:
@@ -76,7 +85,7 @@ def with_store(use: Callable[[MlflowClient], T]) -> T:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     uri, base = tracking_uri(), home()
     try:
-        _probe(uri)
+        probe(uri)
         base.mkdir(parents=True, exist_ok=True)
         if not os.environ.get(VARIABLE):
             mlflow_database(base).parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +95,7 @@ def with_store(use: Callable[[MlflowClient], T]) -> T:
         raise WorkError(f"another process has kept {base / 'mlflow.lock'} locked for {_LOCK_SECONDS:.0f} s") from None
     except STORE_ERRORS as error:
         kind = RequestError if os.environ.get(VARIABLE) else WorkError
-        where = f"{VARIABLE}={_without_password(uri)}" if kind is RequestError else f"the MLflow store {uri}"
+        where = f"{VARIABLE}={without_password(uri)}" if kind is RequestError else f"the MLflow store {uri}"
         raise kind(f"{where} does not open: {one_line(error)}; `deepzero doctor` tells more") from error
 
 
@@ -109,8 +118,16 @@ def ui_command() -> str | None:
 def run_url(experiment_id: str, run_id: str) -> str:
     """The run's page, once `ui_command` runs, among the pages for models and not those for language applications."""
     uri = tracking_uri()
-    server = uri.rstrip("/") if uri.startswith(gate.REMOTE) else UI
+    server = _without_user(uri).rstrip("/") if uri.startswith(gate.REMOTE) else UI
     return f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def artifact_url(run_id: str, path: str) -> str | None:
+    """Where a browser finds an artifact of a run; None where no MLflow server keeps it."""
+    uri = tracking_uri()
+    if not uri.startswith(gate.REMOTE):
+        return None
+    return f"{_without_user(uri).rstrip('/')}/get-artifact?{urlencode({'path': path, 'run_uuid': run_id})}"
 
 
 def one_line(error: BaseException) -> str:
@@ -175,7 +192,7 @@ def _alive(pid: str, started: str) -> bool:
         return False
 
 
-def _probe(uri: str) -> None:
+def probe(uri: str) -> None:
     """OSError at once where no server listens; MLflow itself would try again for minutes."""
     address = urlsplit(uri)
     if address.scheme in ("http", "https") and address.hostname:
@@ -183,6 +200,12 @@ def _probe(uri: str) -> None:
         socket.create_connection((address.hostname, port), timeout=10).close()
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
     address = urlsplit(uri)
     return uri.replace(f":{address.password}@", ":…@") if address.password else uri
+
+
+def _without_user(uri: str) -> str:
+    """An address that may be shown: user and password stay out of pages, results and logs."""
+    address = urlsplit(uri)
+    return uri.replace(f"{address.netloc.rpartition('@')[0]}@", "", 1) if "@" in address.netloc else uri

@@ -134,9 +134,10 @@ class Trainer:
             estimate = self._source.estimate(self.module, batch, self.coordinates())
         learning_rate = self.settings.schedule.at(self.step)
         self._check_finite(estimate, learning_rate)
-        self._update(estimate, learning_rate)
+        # The counters go first: whoever interrupts the update can tell from them that a step is half done.
         self.step += 1
         self.queries += estimate.queries
+        self._update(estimate, learning_rate)
         return StepRecord(
             step=self.step,
             epoch=epoch,

@@ -64,6 +64,10 @@ CASES = {
         [*OWN, "victim.settings={url: 'http://a', headers: {X-Api-Key: canary}}"],
         "victim.settings.headers: 'X-Api-Key' looks like a secret",
     ),
+    "black box on many machines": (
+        [*OWN, "victim.settings={url: 'http://a'}", "cluster.workers=2", "cluster.spec=slurm"],
+        "cluster.spec: what a classifier of kind 'http' is asked is counted on this machine",
+    ),
     "budget of a classifier trained here": (["victim.budget=3"], "victim.budget: it is for a classifier of your own"),
     "unknown kind": (["victim.kind=https"], "victim.kind cannot be 'https'; did you mean 'http'?"),
     "unknown network": (["victim.model.name=cn"], "victim.model.name: there is no model 'cn'; did you mean 'cnn'?"),

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from deepzero_core.data import prepare
 from deepzero_core.errors import RequestError, WorkError
 from deepzero_core.training import Batch, CGESource
-from infra.cluster import connect
-from infra.forward import DistributedCGE, Problem
+from infra import cluster
+from infra.cluster import connect, shares_disk
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -152,6 +154,32 @@ def test_a_running_scheduler_is_used_and_left_running(
             estimate = source.estimate(module, batch, None)
         assert all(torch.equal(value, estimate.gradients[name]) for name, value in expected.gradients.items())
     assert scheduler.poll() is None
+
+
+def test_workers_of_a_scheduler_on_loopback_are_asked_what_they_see(
+    running: tuple[str, "subprocess.Popen[bytes]"], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connect(1, running[0], 60) as client:
+        assert shares_disk(client)
+        assert list(home.iterdir()) == []
+        monkeypatch.setattr(client, "run", lambda call, path: {"a": call(path), "b": None})
+        assert not shares_disk(client), "one of them does not see it"
+
+
+@pytest.mark.parametrize(
+    ("address", "here"),
+    [
+        ("tcp://127.0.0.1:1", True),
+        ("tls://localhost:1", True),
+        ("tcp://[::1]:1", True),
+        ("tcp://10.0.0.1:1", False),
+        ("tcp://localhost.elsewhere.org:1", False),
+        ("tcp://1270.0.0.1:1", False),
+        ("tcp://a127.b:1", False),
+    ],
+)
+def test_loopback_is_told_from_other_addresses(address: str, here: bool) -> None:
+    assert bool(cluster._LOOPBACK.match(address)) is here
 
 
 def test_fewer_workers_than_asked_for_is_a_failure_of_the_work(running: tuple[str, "subprocess.Popen[bytes]"]) -> None:
