@@ -27,7 +27,7 @@ _SUFFIX = ".jsonl"
 
 
 class SpoolInUseError(Exception):
-    """Another process writes this spool."""
+    """Another process writes this spool, or has just done with it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Spool:
         """Open the spool at `path`; `head`: the first line of a new one.
 
         Raises:
-            SpoolInUseError: another process holds it.
+            SpoolInUseError: another process holds it, or has removed it.
             WorkError: the disk does not take it.
         """
         self.path = path
@@ -56,7 +56,10 @@ class Spool:
                 self._lock.acquire()
             except Timeout:
                 raise SpoolInUseError(str(path)) from None
-            if head is not None and not path.exists():
+            if not path.exists():
+                if head is None:  # whoever wrote it has delivered it since it was seen
+                    self._let_go()
+                    raise SpoolInUseError(str(path))
                 _replace(path, head)
         self._start = next((line.end for line in self.read()), 0)
 
@@ -133,14 +136,25 @@ class Spool:
         if done:
             self.path.unlink(missing_ok=True)
             shutil.rmtree(self.files, ignore_errors=True)
+            self._let_go()
+        else:
+            self._lock.release()
+
+    def _let_go(self) -> None:
         self._lock.release()
-        if done:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
+        Path(self._lock.lock_file).unlink(missing_ok=True)
 
 
 def waiting(base: Path) -> list[Path]:
     """The spools below the state folder `base`, oldest first."""
-    return sorted((base / "spool").glob(f"*{_SUFFIX}"), key=lambda path: (path.stat().st_mtime, path.name))
+    return sorted((base / "spool").glob(f"*{_SUFFIX}"), key=_age)
+
+
+def _age(path: Path) -> tuple[float, str]:
+    try:
+        return path.stat().st_mtime, path.name
+    except FileNotFoundError:  # delivered since it was seen
+        return 0.0, path.name
 
 
 def place(base: Path, run_id: str) -> Path:

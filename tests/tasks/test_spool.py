@@ -143,6 +143,13 @@ def test_a_full_disk_is_said_and_leaves_whole_lines(tmp_path: Path) -> None:
     spool.close()
 
 
+def test_a_spool_that_was_delivered_in_the_meantime_is_nobodys(tmp_path: Path) -> None:
+    with pytest.raises(SpoolInUseError):
+        Spool(place(tmp_path, "gone"))
+    assert waiting(tmp_path) == []
+    assert not list((tmp_path / "spool").iterdir())
+
+
 def test_artifacts_wait_beside_the_lines(tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "a.txt").write_text("a")
