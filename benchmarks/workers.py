@@ -14,7 +14,8 @@ from deepzero_core.estimators.cge import DEFAULT_MEMORY
 from deepzero_core.perturb.coordinates import count, resolve
 from deepzero_core.training import Batch
 from infra.cluster import connect
-from infra.forward import DistributedCGE, Problem
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 
 TIMEOUT_S = 600.0
 
@@ -26,7 +27,7 @@ def measure_workers(options: Options, report: Report, *, depth: int = 5, batch: 
         connect(1, None, TIMEOUT_S) as single,
         connect(2, None, TIMEOUT_S) as double,
     ):
-        problem = _problem(Path(folder) / "store", depth, batch, size)
+        problem = problem_of(Path(folder) / "store", depth, batch, size)
         module = problem.build_module()
         step = Batch(0, 0, 0, *problem.build_batches().batch(0, 0))
         with (
@@ -57,8 +58,10 @@ def measure_workers(options: Options, report: Report, *, depth: int = 5, batch: 
     return [Row("workers", about, "float32", "cpu", count(coordinates), times["two workers"], baselines)]
 
 
-def _problem(store: Path, depth: int, batch: int, size: int) -> Problem:
-    """The CNN on random images, as a run would hand it to its workers."""
+def problem_of(
+    store: Path, depth: int, batch: int, size: int, *, name: str = "cnn", memory: int = DEFAULT_MEMORY
+) -> Problem:
+    """A network on random images, as a run would hand it to its workers."""
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (batch, 3, size, size), dtype=np.uint8)
     split = images, np.arange(batch) % 10
@@ -67,12 +70,12 @@ def _problem(store: Path, depth: int, batch: int, size: int) -> Problem:
         store, {"train": split, "test": split}, name="random", source="drawn", licence="none", class_names=names
     )
     augmentation = {"crop_padding": 0, "flip": False}
-    model = {"name": "cnn", "in_channels": 3, "num_classes": 10, "image_size": size, "depth": depth, "seed": 0}
+    model = {"name": name, "in_channels": 3, "num_classes": 10, "image_size": size, "depth": depth, "seed": 0}
     return Problem(
         store=store,
         batches={"batch_size": batch, "seed": 0, "augmentation": augmentation},
         model=model,
         mu=MU,
         difference="forward",
-        memory=DEFAULT_MEMORY,
+        memory=memory,
     )

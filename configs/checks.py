@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from configs import optimizers
+from configs.clusters import FILES, KINDS
 from configs.facts import DATA_SETS, MODELS
+from configs.messages import reasons
 from configs.schema import SPARSE_METHODS
 from deepzero_core.errors import suggest
 
@@ -211,6 +213,7 @@ def certification(experiment: Any) -> Iterator[Problem]:
 def cluster(experiment: Any) -> Iterator[Problem]:
     """Of the section `cluster`."""
     settings = experiment.cluster
+    yield from _cluster_spec(settings)
     if settings.address is None:
         return
     if settings.workers == 0:
@@ -223,6 +226,35 @@ def cluster(experiment: Any) -> Iterator[Problem]:
         yield "cluster.address", f"{settings.address!r} does not have the form tcp://host:port"
     elif match["scheme"] and match["scheme"] not in _SCHEMES:
         yield "cluster.address", f"Dask has no transport {match['scheme']!r}; {suggest(match['scheme'], _SCHEMES)}"
+
+
+def _cluster_spec(settings: Any) -> Iterator[Problem]:
+    """What can be said before the file is read; `infra.specs` reads it."""
+    spec, options = settings.spec, settings.options
+    if spec is None:
+        if options:
+            yield "cluster.options", "they are keys of a cluster file: name it by cluster.spec"
+        return
+    if settings.workers == 0:
+        yield "cluster.workers", "0 evaluates in this process, but cluster.spec names a cluster: leave one of them out"
+    if spec not in FILES:
+        if not spec.endswith((".yaml", ".yml")):
+            yield (
+                "cluster.spec",
+                f"there is no cluster {spec!r}; {suggest(spec, FILES)} (a file of your own ends in .yaml)",
+            )
+        return
+    kind = FILES[spec]
+    if settings.address is not None and kind != "scheduler":
+        yield "cluster.address", f"cluster.spec {spec!r} starts a scheduler of its own: leave the address out"
+    if "kind" in options:
+        yield "cluster.options", f"kind is what the file says, {kind!r}"
+        return
+    try:
+        KINDS[kind].model_validate(options)
+    except ValidationError as error:
+        for reason in reasons(KINDS[kind], error):
+            yield "cluster.options", reason
 
 
 _CHECKS: tuple[Callable[["Experiment"], Iterator[Problem]], ...] = (

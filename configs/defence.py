@@ -8,7 +8,6 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from configs.schema import (
-    MAX_SEED,
     Arguments,
     BudgetPruningConfig,
     CertificationConfig,
@@ -18,12 +17,12 @@ from configs.schema import (
     Flag,
     ModelConfig,
     Name,
-    Natural,
     OptimizerConfig,
     Positive,
     Real,
     ScheduleConfig,
     Section,
+    Seed,
     Text,
 )
 
@@ -55,7 +54,9 @@ class VictimConfig(Section):
     budget: Count | None = None
     """The most images that your own classifier may be asked about, training and certification together."""
     images_per_second: Positive | None = None
-    """How fast your own classifier may be asked."""
+    """How fast your own classifier may be asked, by all workers together."""
+    calls_per_second: Positive | None = None
+    """The same of questions, of up to `batch_size` images each."""
     price_per_thousand: Positive | None = None
     """What 1,000 images cost, for the report."""
 
@@ -91,11 +92,13 @@ class DefenceTrainingConfig(Section):
     method: DefenceMethod = "deepzero"
     """How the denoiser learns what the classifier needs; none: no denoiser."""
     queries: Count = 1152
-    """Evaluations of the loss on the batch that every zeroth-order method may spend per step, the same for all."""
+    """Evaluations of the loss on the batch that every zeroth-order method spends per step, the same for all."""
     steps: Count = 500
     """Training steps."""
     optimizer: OptimizerConfig = OptimizerConfig(name="Adam", lr=1e-3)
+    """What makes a step of a gradient."""
     schedule: ScheduleConfig = ScheduleConfig(warmup_epochs=0)
+    """The learning rate over time."""
     lr: dict[DefenceMethod, Positive] = Field(default_factory=dict)
     """Peak learning rates of single methods, where they are not the optimizer's."""
     reconstruction: Annotated[Real, Field(ge=0)] = 0.0
@@ -115,19 +118,26 @@ class Defence(Section):
 
     name: Name = "defence"
     """Name of the experiment in MLflow and in file names."""
-    seeds: Annotated[tuple[Annotated[Natural, Field(le=MAX_SEED)], ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Every method is trained and certified once for each: weights, batches, noise, masks, directions."""
     data: DataConfig = DataConfig()
+    """Images that the denoiser learns from, and those that are certified."""
     victim: VictimConfig = VictimConfig()
+    """The classifier that may only be queried."""
     denoiser: DenoiserConfig = DenoiserConfig()
+    """The network in front of it."""
     pretraining: PretrainingConfig = PretrainingConfig()
+    """What is learned without a query."""
     pruning: DenoiserPruningConfig = DenoiserPruningConfig()
+    """How the queries of a step are shared out among the layers."""
     training: DefenceTrainingConfig = DefenceTrainingConfig()
+    """Method, length, queries and optimiser."""
     baselines: tuple[DefenceMethod, ...] = ()
     """Further methods for comparison."""
     certification: CertificationConfig = CertificationConfig()
     """Its σ is that of the noise in training, too."""
     cluster: ClusterConfig = ClusterConfig()
+    """Where forward passes are evaluated."""
 
     @property
     def methods(self) -> tuple[DefenceMethod, ...]:

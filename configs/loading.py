@@ -3,9 +3,10 @@
 Whatever is wrong with a configuration, its text or an override becomes a RequestError with one sentence per mistake.
 """
 
+import copy
 import importlib.resources
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from configs.defence import Defence
 from configs.messages import Override, is_kind, kind_of, model_of, sentences, shown
 from configs.schema import Experiment, Section
 from configs.solver_loop import SolverLoop
+from configs.study import Study
 from deepzero_core.errors import RequestError, suggest
 
 SCHEMAS: dict[str, type[Section]] = {
@@ -23,6 +25,7 @@ SCHEMAS: dict[str, type[Section]] = {
     "pipeline": Experiment,
     "defend": Defence,
     "solver-loop": SolverLoop,
+    "study": Study,
 }
 """By flow: what it is told. Without a flow an Experiment is meant."""
 
@@ -36,14 +39,8 @@ def load(name_or_path: str, overrides: Sequence[str] = (), *, flow: str | None =
     name_or_path: an existing file, else a preset of the flow.
     RequestError: no such file or preset, unreadable text, or a mistake in the configuration or an override.
     """
-    path = _existing_file(name_or_path)
-    if path is not None:
-        return loads(_read(path), overrides, origin=str(path), name=path.stem, flow=flow)
-    found = _preset_files(flow)
-    if name_or_path not in found:
-        raise RequestError(_nothing_called(name_or_path, found, flow))
-    text = found[name_or_path].read_text(encoding="utf-8")
-    return loads(text, overrides, origin=f"preset {name_or_path!r}", name=name_or_path, flow=flow)
+    text, origin, name = _found(name_or_path, flow)
+    return loads(text, overrides, origin=origin, name=name, flow=flow)
 
 
 def loads(
@@ -58,6 +55,42 @@ def loads(
 
     origin: what messages call the text. name: the experiment's, where the text gives none; ignored when not valid.
     """
+    parsed = [_parse_override(override) for override in overrides]
+    return _validated(_mapping(text, origin), parsed, origin, name, flow)
+
+
+def resolve(base: str | Mapping[str, Any], values: Mapping[str, Any], *, flow: str) -> Any:
+    """The experiment of a file, a preset or a mapping with `values` set by dotted key; RequestError as `load`."""
+    if isinstance(base, str):
+        text, origin, name = _found(base, flow)
+        data = _mapping(text, origin)
+    else:
+        data, origin, name = copy.deepcopy(dict(base)), "base", None
+    given = [
+        Override(f"{key}={shown(value, quote=False)}", tuple(key.split(".")), copy.deepcopy(value), option="vary")
+        for key, value in values.items()
+    ]
+    return _validated(data, given, origin, name, flow)
+
+
+def mapping_of(path: str) -> dict[str, Any]:
+    """What a configuration file says, as plain data; RequestError where it says nothing that can be read."""
+    text, origin, _ = _found(path, None)
+    return _mapping(text, origin)
+
+
+def _found(name_or_path: str, flow: str | None) -> tuple[str, str, str]:
+    """Text of a file or preset, what messages call it, and the name of an experiment that has none."""
+    path = _existing_file(name_or_path)
+    if path is not None:
+        return _read(path), str(path), path.stem
+    found = _preset_files(flow)
+    if name_or_path not in found:
+        raise RequestError(_nothing_called(name_or_path, found, flow))
+    return found[name_or_path].read_text(encoding="utf-8"), f"preset {name_or_path!r}", name_or_path
+
+
+def _mapping(text: str, origin: str) -> dict[str, Any]:
     try:
         data = yaml_text.parse(text)
     except yaml_text.YamlError as error:
@@ -66,16 +99,21 @@ def loads(
         raise RequestError(f"{origin}: the configuration is empty; `deepzero config demo` prints one to start from")
     if not isinstance(data, dict):
         raise RequestError(f"{origin}: a configuration is a mapping of keys to values, not {kind_of(data)}")
+    return data
+
+
+def _validated(
+    data: dict[str, Any], overrides: Sequence[Override], origin: str, name: str | None, flow: str | None
+) -> Any:
     schema = Experiment if flow is None else SCHEMAS[flow]
-    parsed = [_parse_override(override) for override in overrides]
-    for override in parsed:
+    for override in overrides:
         _apply(schema, data, override)
     if name is not None and "name" not in data and _is_valid_name(name):
         data["name"] = name
     try:
         return schema.model_validate(data)
     except ValidationError as error:
-        raise RequestError("\n".join(sentences(schema, error, origin, parsed))) from error
+        raise RequestError("\n".join(sentences(schema, error, origin, overrides))) from error
     except RecursionError as error:
         raise RequestError(f"{origin}: nested too deeply") from error
 
@@ -162,7 +200,7 @@ def _example(path: tuple[str, ...]) -> str:
 
 
 def _apply(schema: type[Section], data: dict[str, Any], override: Override) -> None:
-    where = f"--set {shown(override.text, quote=False)}"
+    where = override.where
     annotation: Any = schema
     for depth, part in enumerate(override.path):
         above = ".".join(override.path[:depth])

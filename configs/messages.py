@@ -16,11 +16,21 @@ _SHOWN = 60
 
 @dataclass(frozen=True)
 class Override:
-    """`--set a.b=value`."""
+    """`--set a.b=value`, or a value that a study varies."""
 
     text: str
     path: tuple[str, ...]
     value: Any
+    option: str = "--set"
+
+    @property
+    def where(self) -> str:
+        """What a message begins with."""
+        return f"{self.option} {shown(self.text, quote=False)}"
+
+    def where_of(self, key: tuple[str, ...]) -> str:
+        """`where` of a mistake at this key: what is said to a service, which may be a secret, is left out."""
+        return f"{self.option} {self.text.partition('=')[0]}=…" if "settings" in key else self.where
 
     def concerns(self, key: tuple[str, ...]) -> bool:
         shared = min(len(key), len(self.path))
@@ -34,8 +44,14 @@ def sentences(
         path = tuple(str(part) for part in found["loc"])
         # The last override that touches the key is the one to look at.
         blamed = next((o for o in reversed(overrides) if o.concerns(path)), None)
-        where = f"--set {shown(blamed.text, quote=False)}" if blamed else origin
+        where = blamed.where_of(path) if blamed else origin
         yield f"{where}: {_reason(schema, path, found)}"
+
+
+def reasons(schema: type[BaseModel], error: ValidationError) -> Iterator[str]:
+    """One for each mistake, without a word on where the value came from; each begins with its key."""
+    for found in error.errors(include_url=False):
+        yield _reason(schema, tuple(str(part) for part in found["loc"]), found)
 
 
 def _reason(schema: type[BaseModel], path: tuple[str, ...], found: Any) -> str:

@@ -34,7 +34,6 @@ ScheduleName = Literal["cosine", "constant"]
 
 METHODS: tuple[str, ...] = get_args(TrainingMethod)
 SPARSE_METHODS = ("first-order-sparse-weights", "first-order-sparse-gradients")
-MAX_SEED = 2**63 - 1
 
 
 def _integral(value: Any) -> Any:
@@ -44,9 +43,11 @@ def _integral(value: Any) -> Any:
     return value
 
 
-Integer = Annotated[int, BeforeValidator(_integral), Field(strict=True, le=2**63 - 1)]
-Count = Annotated[Integer, Field(ge=1)]
-Natural = Annotated[Integer, Field(ge=0)]
+# The bounds stand on the number itself: behind a validator pydantic checks them as well, but leaves them out of the
+# JSON schema, by which Prefect's form refuses a wrong value before anything runs.
+Count = Annotated[int, Field(strict=True, ge=1, le=2**63 - 1), BeforeValidator(_integral)]
+Natural = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1), BeforeValidator(_integral)]
+Seed = Natural
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -175,7 +176,9 @@ class TrainingConfig(Section):
     steps: Count | None = None
     """Stop after this many steps, before the last epoch is over."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """What makes a step of a gradient."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over time."""
     query_budget: Count | None = None
     """Loss evaluations that the whole training may spend."""
     checkpoint_every: Count = 50
@@ -209,7 +212,11 @@ class ClusterConfig(Section):
     workers: Natural = 2
     """Local worker processes; 0 evaluates in this process. With an address: workers to wait for."""
     address: Text | None = None
-    """Address of a running Dask scheduler, such as tcp://host:8786."""
+    """Address of a running Dask scheduler, such as tcp://host:8786 or tls://host:8786."""
+    spec: Text | None = None
+    """How workers are come by: local, scheduler, scheduler-tls, slurm, kubernetes, cuda, or a YAML file of your own."""
+    options: Arguments = Field(default_factory=dict)
+    """Keys of that file to be set otherwise, such as {queue: long}."""
     timeout_s: Positive = 60.0
     """Seconds to wait for scheduler and workers."""
 
@@ -219,17 +226,24 @@ class Experiment(Section):
 
     name: Name = "experiment"
     """Name of the experiment in MLflow and in file names."""
-    seed: Annotated[Natural, Field(le=MAX_SEED)] = 0
+    seed: Seed = 0
     """Decides initial weights, batches, masks and directions."""
     data: DataConfig = DataConfig()
+    """What is learned from, and tested on."""
     model: ModelConfig = ModelConfig()
+    """The network."""
     pruning: PruningConfig = PruningConfig()
+    """Which share of every layer's coordinates is estimated."""
     estimator: EstimatorConfig = EstimatorConfig()
+    """How a gradient is estimated from evaluations of the loss."""
     training: TrainingConfig = TrainingConfig()
+    """Method, length and optimiser."""
     baselines: tuple[TrainingMethod, ...] = ()
     """Further methods to train for comparison."""
     certification: CertificationConfig = CertificationConfig()
+    """Randomised smoothing; of the pipeline, `classify` does not certify."""
     cluster: ClusterConfig = ClusterConfig()
+    """Where forward passes are evaluated."""
 
     @model_validator(mode="after")
     def _combinations_are_possible(self) -> Self:

@@ -8,7 +8,6 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from configs.schema import (
-    MAX_SEED,
     Arguments,
     BudgetPruningConfig,
     ClusterConfig,
@@ -21,6 +20,7 @@ from configs.schema import (
     Real,
     ScheduleConfig,
     Section,
+    Seed,
     Text,
 )
 
@@ -110,9 +110,11 @@ class LoopTrainingConfig(Section):
     curriculum: tuple[UnrollStage, ...] = ()
     """Shorter loops to begin with; `unroll` is for what is left of the steps."""
     queries: Count = 1024
-    """Evaluations of the loss that every zeroth-order method may spend per step, the same for all."""
+    """Evaluations of the loss that every zeroth-order method spends per step, the same for all."""
     optimizer: OptimizerConfig = OptimizerConfig(name="Adam", lr=1e-4)
+    """What makes a step of a gradient."""
     schedule: ScheduleConfig = ScheduleConfig(warmup_epochs=0)
+    """The learning rate over time."""
     lr: dict[LoopMethod, Positive] = Field(default_factory=dict)
     """Peak learning rates of single methods, where they are not the optimizer's."""
     mu: dict[LoopMethod, Positive] = Field(default_factory=dict)
@@ -139,19 +141,26 @@ class SolverLoop(Section):
 
     name: Name = "solver-loop"
     """Name of the experiment in MLflow and in file names."""
-    seeds: Annotated[tuple[Annotated[Natural, Field(le=MAX_SEED)], ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Every method is trained and rolled out once for each: weights, batches, masks, directions."""
     simulator: SimulatorConfig = SimulatorConfig()
+    """The coarse solver."""
     cases: CasesConfig = CasesConfig()
+    """What is simulated, for training and for testing."""
     corrector: CorrectorConfig = CorrectorConfig()
+    """The network that corrects it."""
     pretraining: LoopPretrainingConfig = LoopPretrainingConfig()
+    """What is learned outside the loop."""
     pruning: LoopPruningConfig = LoopPruningConfig()
+    """How the queries of a step are shared out among the layers."""
     training: LoopTrainingConfig = LoopTrainingConfig()
+    """Method, length, queries and optimiser."""
     baselines: tuple[LoopMethod, ...] = ()
     """Further methods for comparison; src: no corrector."""
     rollout: RollOutConfig = RollOutConfig()
+    """How far the trained correctors are tried."""
     cluster: ClusterConfig = ClusterConfig(workers=0)
-    """Workers that reference runs are shared out to."""
+    """Workers that reference runs are shared out to, and the steps of your own program or function."""
 
     @property
     def methods(self) -> tuple[LoopMethod, ...]:

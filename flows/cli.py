@@ -17,8 +17,10 @@ from typing import Annotated, Any
 import typer
 
 from deepzero_core.errors import DeepZeroError, RequestError, suggest
+from flows import stack_commands
+from flows.catalogue import ENTRYPOINTS
 
-FLOWS = ("classify", "pipeline", "defend", "solver-loop")
+FLOWS = tuple(ENTRYPOINTS)
 
 app = typer.Typer(
     name="deepzero",
@@ -142,7 +144,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")] = False,
 ) -> None:
     """Run a flow: classify; pipeline (with certification); defend (a classifier that may only be queried); solver-loop
-    (a coarse solver, corrected by a network)."""
+    (a coarse solver, corrected by a network); study (a flow for every point of a grid of settings)."""
     if flow not in FLOWS:
         raise RequestError(f"there is no flow {flow!r}; {suggest(flow, FLOWS)}")
     import configs
@@ -157,15 +159,48 @@ def run(
 
 @app.command()
 @_reported
+def trigger(
+    deployment: Annotated[
+        str, typer.Argument(metavar="DEPLOYMENT", help="Such as classify; `prefect deployment ls` lists them.")
+    ],
+    config: Annotated[
+        str, typer.Option("--config", "-c", metavar="NAME|FILE", help="A preset or a YAML file.")
+    ] = "demo",
+    overrides: Overrides = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the run to its end.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="With --watch: write the results to this file.")
+    ] = None,
+) -> None:
+    """Have a worker run a flow: submit it to the Prefect server of $PREFECT_API_URL or of `deepzero up`.
+
+    Exit status with --watch: that of the run, 0 completed, 1 failed or crashed, 130 cancelled.
+    """
+    if json_file is not None:
+        if not watch:
+            raise RequestError("--json needs --watch: there are no results before the run has ended")
+        _check_writable(json_file)
+    from flows.trigger import submit
+
+    raise typer.Exit(submit(deployment, config, overrides or (), watch=watch, json_file=json_file))
+
+
+@app.command()
+@_reported
 def report(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="MLflow run id, or how it begins; the newest when left out.")
+        str | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="MLflow run id, or how it begins; name of a run; a result file; `latest`, which is the default.",
+        ),
     ] = None,
+    opened: Annotated[bool, typer.Option("--open", help="Show the report in a browser, too.")] = False,
 ) -> None:
     """Show the closing table of an earlier run and where its report lies."""
     from flows.results import show
 
-    show(run)
+    raise typer.Exit(show(run, opened=opened))
 
 
 def _check_writable(file: Path) -> None:
@@ -205,6 +240,19 @@ def doctor(
     from infra import doctor as examination
 
     raise typer.Exit(examination.report(examination.examine(), as_json=as_json))
+
+
+@app.command()
+@_reported
+def deliver() -> None:
+    """Tell MLflow what earlier runs could not tell it because it was away; the next run does the same at its start."""
+    from tasks.waiting import deliver_on_demand
+
+    print(deliver_on_demand())
+
+
+for _command in (stack_commands.up, stack_commands.status, stack_commands.logs, stack_commands.down):
+    app.command()(_reported(_command))
 
 
 @data_app.command("list")

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from configs.defence import Defence
 from deepzero_core.errors import RequestError
+from infra.specs import described
 
 
 def defence_plan(flow_name: str, experiment: Defence, base: Path) -> Table:
@@ -46,7 +47,7 @@ def defence_plan(flow_name: str, experiment: Defence, base: Path) -> Table:
         "training": f"{training.steps:,} steps of {data.batch_size} images",
         "queries": f"at most {training.queries:,} per step, {images:,} images; {total:,} images for all methods",
         "certification": f"{certified.examples:,} images, at most {copies:,} noisy copies for all methods",
-        "workers": experiment.cluster.address or str(experiment.cluster.workers),
+        "workers": described(experiment.cluster),
     }
     if victim.budget is not None:
         rows["budget"] = f"{victim.budget:,} images"

@@ -6,30 +6,33 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from configs.defence import Defence
 from configs.schema import DataConfig, Experiment, Section
 from configs.solver_loop import SolverLoop
+from configs.study import Study
 from deepzero_core.errors import DeepZeroError, RequestError
+from flows.catalogue import PACKAGES, flow_called
 from flows.defence_plan import defence_plan
 from flows.results import conclude
 from flows.solver_loop_plan import solver_loop_plan
 from infra import orchestration
 from infra.home import home
+from infra.specs import described
 
 if TYPE_CHECKING:
     from torch import nn
 
     from deepzero_core.data import BatchSource
-    from tasks.records import Reported
 
 
 def execute(
-    flow_name: str, experiment: Experiment | Defence | SolverLoop, *, json_file: Path | None, dry_run: bool
+    flow_name: str, experiment: Experiment | Defence | SolverLoop | Study, *, json_file: Path | None, dry_run: bool
 ) -> int:
     """Run a flow in this process and print its closing table; the exit status.
 
@@ -50,29 +53,22 @@ def execute(
     orchestration.configure()
     _show_warnings()
     signal.signal(signal.SIGTERM, _stopped)
-    from flows.classify import classify
-    from flows.defend import defend
-    from flows.pipeline import pipeline
-    from flows.solver_loop import solver_loop
+    from infra.temporary_server import ensure_server
     from tasks.stage import write_atomically
 
-    flows: dict[str, Callable[[Any], Reported]] = {
-        "classify": classify,
-        "pipeline": pipeline,
-        "defend": defend,
-        "solver-loop": solver_loop,
-    }
-    reported = flows[flow_name](experiment)
+    ensure_server()
+    reported = flow_called(flow_name)(experiment)
     if json_file is not None:
         write_atomically(json_file, reported.result.read_text(encoding="utf-8"))
-    conclude(console, reported.result)
-    return 0
+    return conclude(console, reported.result)
 
 
 def _is_prepared(experiment: Section) -> bool:
     """Whether nothing would be written to look at the data."""
     from deepzero_core.data import prepared_stores
 
+    if isinstance(experiment, Study):
+        experiment = next(experiment.points()).experiment
     data: DataConfig | None = getattr(experiment, "data", None)
     if data is None:
         return True
@@ -124,7 +120,7 @@ def _plan(flow_name: str, experiment: Experiment, base: Path, *, predict: bool =
         "training": f"{training.method}, {steps:,} steps of {data.batch_size} examples",
         "queries": f"{per_step:,} per step, {per_step * steps:,} in all",
         "baselines": ", ".join(experiment.baselines) or "none",
-        "workers": experiment.cluster.address or str(experiment.cluster.workers),
+        "workers": described(experiment.cluster),
     }
     if predict and training.method == "cge":
         rows |= _prediction(experiment, module, batches, steps)
@@ -134,10 +130,26 @@ def _plan(flow_name: str, experiment: Experiment, base: Path, *, predict: bool =
     return table
 
 
+def study_plan(flow_name: str, study: Study, base: Path, *, predict: bool = False) -> Table:
+    """The points of a study, each of which has to be possible; below, the plan of the first. `predict`: of that."""
+    points = list(study.points(study.seeds[:1]))
+    plans = [_PLANS[type(point.experiment)](study.flow, point.experiment, base) for point in points]
+    count = len(points) * len(study.seeds)
+    seeds = ", ".join(map(str, study.seeds))
+    table = Table(show_header=False, box=None, title=f"{study.name}: what would be done", title_justify="left")
+    table.add_row("[bold]flow", flow_name)
+    table.add_row("[bold]runs", f"{count:,} of {study.flow}: {len(points):,} points, seeds {seeds}")
+    for point in points:
+        table.add_row("[bold]point", escape(point.label))
+    table.add_row("[bold]the first", plans[0])
+    return table
+
+
 _PLANS: dict[type[Section], Callable[..., Table]] = {
     Experiment: _plan,
     Defence: defence_plan,
     SolverLoop: solver_loop_plan,
+    Study: study_plan,
 }
 
 
@@ -165,6 +177,7 @@ def _prediction(experiment: Experiment, module: "nn.Module", batches: "BatchSour
 
 def _stopped(*_: object) -> None:
     """An orderly end for SIGTERM: Prefect marks the run and sends the signal again; its server has to end, too."""
+    print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
     raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -173,7 +186,7 @@ def _show_warnings() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handler.setLevel(logging.WARNING)
-    for package in ("infra", "tasks", "simulators", "deepzero_core"):
+    for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

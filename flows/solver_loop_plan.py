@@ -6,6 +6,7 @@ from rich.table import Table
 
 from configs.solver_loop import ASKING, SolverLoop
 from deepzero_core.errors import RequestError
+from infra.specs import described
 
 
 def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, predict: bool = False) -> Table:
@@ -44,7 +45,7 @@ def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, pred
         "queries": f"at most {training.queries:,} per step",
         "solver steps": f"at most {asked:,} per zeroth-order training, {asked * asking:,} in all",
         "roll-out": f"{experiment.rollout.frames:,} steps of every test case",
-        "workers": experiment.cluster.address or str(experiment.cluster.workers),
+        "workers": described(experiment.cluster),
     }
     if predict and (seconds := training_seconds(experiment)):
         each = ", ".join(f"{method} {duration(value)}" for method, value in seconds.items())

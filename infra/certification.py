@@ -3,23 +3,23 @@
     shard     a few consecutive examples; what a worker returns is their certificates, nothing else
     worker    holds the examples and the classifier that it has built from its recipe; a plugin, so that a replacement
               of a lost worker builds them again
+    luggage   the examples and files that a worker is sent which shares no disk with this process
 
 An example's noise is a function of (seed, its number), and each process computes on one thread where there are workers:
 any number of workers, a worker lost on the way, or a run killed and started again give the same table.
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from distributed import CancelledError, Client, Future, KilledWorker, Worker, WorkerPlugin, get_worker
-from distributed import wait as wait_for
 from torch import Tensor
 
 from deepzero_core.data import ImageStore, to_tensor
@@ -27,7 +27,10 @@ from deepzero_core.errors import WorkError
 from deepzero_core.smoothing import Certificate, Certification, certify_many
 from deepzero_core.training.sources import step_generator
 from infra.certificates import Certificates
-from infra.classifiers import Classifier, Recipe
+from infra.classifiers import Classifier, Recipe, files_of, moved
+from infra.cluster import shares_disk
+from infra.shipping import Parcel, Shipment, received
+from infra.waiting import finished
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +46,13 @@ class Examples:
     store: Path
     split: str
     positions: tuple[int, ...]
+    file: Path | None = None
+    """These images alone, uint8 in NumPy's format, where the store cannot be seen."""
 
     def images(self, numbers: Sequence[int]) -> Tensor:
         """[len(numbers), C, H, W] in [0, 1]."""
+        if self.file is not None:
+            return to_tensor(np.load(self.file, mmap_mode="r")[list(numbers)])
         return to_tensor(ImageStore.open(self.store).split(self.split).images[[self.positions[i] for i in numbers]])
 
     def labels(self) -> list[int]:
@@ -73,6 +80,28 @@ class Task:
     def _each(self, numbers: Sequence[int]) -> Iterator[Tensor]:
         for number in numbers:
             yield self.examples.images([number])[0]
+
+
+@dataclass(frozen=True)
+class Luggage:
+    """What a task mentions by its place on this machine's disk: the images, and files by their paths."""
+
+    images: Parcel
+    files: Mapping[str, Parcel]
+
+    @classmethod
+    def of(cls, task: Task, shipment: Shipment) -> "Luggage":
+        """RequestError: the classifier keeps something on this machine's disk that several machines cannot share."""
+        examples = task.examples
+        chosen = ImageStore.open(examples.store).split(examples.split).images[list(examples.positions)]
+        files = {path: shipment.file(Path(path)) for path in files_of(task.classifier)}
+        return cls(shipment.array(chosen), files)
+
+    def unpack(self, task: Task) -> Task:
+        """The task as this worker can do it."""
+        places = {path: str(received(parcel)) for path, parcel in self.files.items()}
+        examples = replace(task.examples, file=received(self.images))
+        return replace(task, examples=examples, classifier=moved(task.classifier, places))
 
 
 def certify_examples(
@@ -114,20 +143,22 @@ def _here(task: Task, numbers: Sequence[int]) -> Iterator[tuple[int, Certificate
 class CertificationWorker(WorkerPlugin):
     """A worker's classifier; built when first needed, so that its mistakes are those of a task and are reported."""
 
-    def __init__(self, name: str, task: Task) -> None:
-        self.name, self._task = name, task
-        self._classifier: Classifier | None = None
+    def __init__(self, name: str, task: Task, luggage: Luggage | None = None) -> None:
+        self.name, self._task, self._luggage = name, task, luggage
+        self._built: tuple[Task, Classifier] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CertificationWorker, (self.name, self._task)
+        return CertificationWorker, (self.name, self._task, self._luggage)
 
     def setup(self, worker: Worker) -> None:
         torch.set_num_threads(1)
 
     def certificates(self, numbers: Sequence[int]) -> list[Certificate]:
-        if self._classifier is None:
-            self._classifier = self._task.build()
-        return list(self._task.certificates(self._classifier, numbers))
+        if self._built is None:
+            task = self._task if self._luggage is None else self._luggage.unpack(self._task)
+            self._built = task, task.build()
+        task, classifier = self._built
+        return list(task.certificates(classifier, numbers))
 
 
 def _shard(plugin: str, numbers: Sequence[int]) -> list[Certificate]:
@@ -141,14 +172,16 @@ def _on_workers(
     """Certificates as they come, in any order."""
     name = f"deepzero-certification-{uuid4().hex}"
     size = max(1, _SHARD_SAMPLES // (task.settings.n0 + task.settings.n))
-    client.register_plugin(CertificationWorker(name, task))
     shards: dict[Future, Sequence[int]] = {}
+    shipment = None if shares_disk(client) else Shipment(client)
     try:
+        luggage = None if shipment is None else Luggage.of(task, shipment)
+        client.register_plugin(CertificationWorker(name, task, luggage))
         for position in range(0, len(numbers), size):
             part = numbers[position : position + size]
             shards[client.submit(_shard, name, part, key=f"{name}-{part[0]}", pure=False)] = part
         while shards:
-            for future in _finished(client, list(shards), timeout_s):
+            for future in finished(client, list(shards), timeout_s):
                 yield from zip(shards.pop(future), future.result(), strict=True)
     except KilledWorker as error:
         raise WorkError(
@@ -162,20 +195,3 @@ def _on_workers(
             with suppress(CancelledError, OSError, TimeoutError):
                 client.cancel(list(shards))
                 client.unregister_worker_plugin(name)
-
-
-def _finished(client: Client, futures: Sequence[Future], timeout_s: float) -> list[Future]:
-    """Some that have ended. A shard may take as long as it takes; workers have to be there."""
-    alone = None
-    while True:
-        try:
-            return list(wait_for(futures, timeout=min(5.0, timeout_s), return_when="FIRST_COMPLETED").done)
-        except TimeoutError:
-            if client.status != "running":
-                raise ConnectionError(f"the Dask client is {client.status}") from None
-            if client.scheduler_info(n_workers=-1)["workers"]:
-                alone = None
-                continue
-            alone = alone or time.monotonic()
-            if time.monotonic() - alone > timeout_s:
-                raise WorkError(f"there has been no Dask worker for {timeout_s:g} s") from None

@@ -51,6 +51,34 @@ class Recipe:
         return classifier
 
 
+def files_of(recipe: Recipe) -> list[str]:
+    """Paths of the files that it reads.
+
+    RequestError: it keeps a count or a cache of its questions in a file, which processes of one machine alone share.
+    """
+    victim = recipe.arguments.get("victim") or {}
+    if victim.get("kind", "trained") != "trained" and (victim.get("account") or victim.get("cache")):
+        raise RequestError(
+            "what a classifier is asked that can only be queried is counted in a file of this machine: certify it with "
+            "workers of this machine, without cluster.address and with cluster.spec=local"
+        )
+    places = (recipe.arguments, victim, victim.get("settings") or {})
+    return [str(place[key]) for place in places for key in ("weights", "path") if place.get(key) is not None]
+
+
+def moved(recipe: Recipe, places: Mapping[str, str]) -> Recipe:
+    """The same recipe where files lie elsewhere: new paths by old."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: renamed(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [renamed(part) for part in value]
+        return places.get(value, value) if isinstance(value, str) else value
+
+    return Recipe(recipe.factory, renamed(recipe.arguments))
+
+
 def trained(
     example: Tensor, *, model: Mapping[str, Any], weights: str, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Inference:

@@ -10,34 +10,25 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
-Status = Literal["ok", "warn", "fail"]
+from infra.finding import Check, one_line, python
 
 INSTALL = "pip install -c constraints.txt -e '.[test]'"
 _MINIMUM_PYTHON = (3, 11)
 _GIB = 2**30
 _LOW_SPACE = 2 * _GIB
-_TIMEOUT_S = 120
-_PORTS = (("Prefect", 4200, "/api/health", b"true"), ("MLflow", 5000, "/health", b"OK"))
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. mend: what to do about it, empty when there is nothing to do."""
-
-    name: str
-    status: Status
-    found: str
-    mend: str = ""
+_PORTS = (
+    ("Prefect", "prefect", "/api/health", b"true"),
+    ("MLflow", "mlflow", "/health", b"OK"),
+    ("Dask's pages", "dashboard", "/health", b"ok"),
+)
 
 
 def examine() -> list[Check]:
@@ -52,7 +43,7 @@ def _result(name: str, future: "concurrent.futures.Future[list[Check]]") -> list
     if error is None:
         return future.result()
     # Whatever breaks here is what the person came to find out about.
-    return [Check(name, "fail", f"the check broke down: {type(error).__name__}: {_one_line(str(error))}", INSTALL)]
+    return [Check(name, "fail", f"the check broke down: {type(error).__name__}: {one_line(str(error))}", INSTALL)]
 
 
 def report(checks: Sequence[Check], *, as_json: bool = False) -> int:
@@ -99,7 +90,7 @@ def check_dependencies() -> list[Check]:
 
 def check_prefect_server() -> list[Check]:
     """Prefect's server imports: later FastAPI versions satisfy its requirements and break it."""
-    result = _python("import prefect.server.api.server")
+    result = python("import prefect.server.api.server")
     if result.ok:
         return [Check("prefect server", "ok", "imports")]
     mend = INSTALL
@@ -110,7 +101,7 @@ def check_prefect_server() -> list[Check]:
 
 def check_torch() -> list[Check]:
     """torch, its devices, and torchvision beside it."""
-    result = _python(
+    result = python(
         "import json, torch\n"
         "cuda = torch.cuda.is_available()\n"
         "def described(i):\n"
@@ -137,7 +128,7 @@ def check_torch() -> list[Check]:
 
 def check_kernels() -> list[Check]:
     """Whether the engine's compiled kernels are in use, and what this machine can do at most."""
-    result = _python(
+    result = python(
         "import json, warnings\n"
         "warnings.simplefilter('ignore')\n"
         "from deepzero_core.perturb.machine import measured\n"
@@ -154,14 +145,14 @@ def check_kernels() -> list[Check]:
     bfloat16 = "bfloat16 instructions" if facts["bfloat16"] else "no bfloat16 instructions"
     found = f"{facts['reason']}, {bfloat16}" if facts["used"] else f"not in use, torch does it: {facts['reason']}"
     mend = "name a C++ compiler with OpenMP, such as g++, in CXX" if facts["broken"] else ""
-    kernels = Check("kernels", "warn" if facts["broken"] else "ok", _one_line(found), mend)
+    kernels = Check("kernels", "warn" if facts["broken"] else "ok", one_line(found), mend)
     peak = f"{facts['flops'] / 1e9:.0f} GFLOP/s and {facts['bandwidth'] / 1e9:.0f} GB/s, threads: {facts['threads']}"
     return [kernels, Check("peak", "ok", peak)]
 
 
 def check_torchvision() -> list[Check]:
     """torchvision imports, beside a CPU-only torch as well; what helps it there is the data package's."""
-    result = _python(
+    result = python(
         "from deepzero_core.data.torchvision_compat import import_torchvision\nprint(import_torchvision().__version__)"
     )
     if result.ok:
@@ -180,30 +171,6 @@ def check_phiml() -> list[Check]:
         found = "1.16.1 breaks one-dimensional advection on torch"
         return [Check("phiml", "warn", found, "pip install phiml==1.16.0")]
     return [Check("phiml", "ok", version)]
-
-
-def check_mlflow() -> list[Check]:
-    """The MLflow store opens: the one below the state folder, or a fresh one elsewhere when there is none yet."""
-    from infra.home import home, mlflow_database
-
-    database = mlflow_database(home())
-    exists = database.is_file()
-    with tempfile.TemporaryDirectory(prefix="deepzero-doctor-") as folder:
-        path = database if exists else Path(folder) / "mlflow.db"
-        result = _python(
-            "import sys\n"
-            "from mlflow import MlflowClient\n"
-            "client = MlflowClient(tracking_uri='sqlite:///' + sys.argv[1])\n"
-            "print(len(client.search_experiments()))",
-            str(path),
-        )
-    where = str(database) if exists else "a fresh store"
-    if result.ok:
-        return [Check("mlflow store", "ok", f"{where} opens")]
-    mend = INSTALL
-    if exists:
-        mend = f"move {database} away to begin a new store, or, if it is older: mlflow db upgrade sqlite:///{database}"
-    return [Check("mlflow store", "fail", f"{where} does not open: {result.text}", mend)]
 
 
 # The machine
@@ -257,7 +224,12 @@ def check_cores() -> list[Check]:
 
 
 def check_ports() -> list[Check]:
-    return [_port(*arguments) for arguments in _PORTS]
+    """Those that the stack of this home takes, if they are free: it looks for others if not."""
+    from infra.home import home
+    from infra.stack import ports
+
+    numbers = ports.remembered(home())
+    return [_port(server, numbers[name], health, healthy) for server, name, health, healthy in _PORTS]
 
 
 def _port(server: str, port: int, health: str, healthy: bytes) -> Check:
@@ -276,7 +248,7 @@ def _port(server: str, port: int, health: str, healthy: bytes) -> Check:
         found = f"in use by something that is not {server}"  # it does not speak HTTP, or says no
     else:
         found = f"in use by something that is not {server}"
-    return Check(name, "warn", found, f"stop it, or start {server} on another port")
+    return Check(name, "warn", found, f"stop it, or leave it: `deepzero up` takes another port for {server}")
 
 
 # Data
@@ -315,56 +287,36 @@ def check_stores() -> list[Check]:
             verify(path)
         except DeepZeroError as error:
             mend = f"deepzero data prepare {path.name.partition('-')[0]} --force"
-            findings.append(Check(f"data {path.name}", "fail", _one_line(str(error)), mend))
+            findings.append(Check(f"data {path.name}", "fail", one_line(str(error)), mend))
     return findings or [Check("data stores", "ok", f"{len(found)} intact: {', '.join(path.name for path in found)}")]
+
+
+# The stack
+
+
+def check_stack() -> list[Check]:
+    from infra.stack import checks
+
+    return checks.check_stack()
+
+
+def check_mlflow() -> list[Check]:
+    from infra.stack import checks
+
+    return checks.check_mlflow_store(INSTALL)
+
+
+def check_prefect_database() -> list[Check]:
+    from infra.stack import checks
+
+    return checks.check_prefect_database(INSTALL)
 
 
 # Helpers
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """text: the last line of what the process said; full: all of it."""
-
-    ok: bool
-    text: str
-    full: str
-
-
-def _python(code: str, *arguments: str) -> _Outcome:
-    """Run code in a fresh interpreter of this environment, with a state folder of its own for Prefect."""
-    with tempfile.TemporaryDirectory(prefix="deepzero-doctor-") as folder:
-        environment = {
-            **os.environ,
-            "PREFECT_HOME": folder,
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "DO_NOT_TRACK": "1",
-        }
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", code, *arguments],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_TIMEOUT_S,
-                env=environment,
-                cwd=folder,  # nothing in the present folder may shadow a package
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return _Outcome(False, f"no answer within {_TIMEOUT_S} s", "")
-    said = done.stdout if done.returncode == 0 else done.stderr
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    fallback = "" if done.returncode == 0 else f"the interpreter died with status {done.returncode}"
-    return _Outcome(done.returncode == 0, _one_line(lines[-1]) if lines else fallback, said)
-
-
 def _nearest_existing(path: Path) -> Path:
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
 
 
 _CHECKS: tuple[tuple[str, Callable[[], list[Check]]], ...] = (
@@ -376,10 +328,12 @@ _CHECKS: tuple[tuple[str, Callable[[], list[Check]]], ...] = (
     ("kernels", check_kernels),
     ("phiml", check_phiml),
     ("mlflow store", check_mlflow),
+    ("prefect database", check_prefect_database),
     ("home", check_home),
     ("memory", check_memory),
     ("cores", check_cores),
     ("ports", check_ports),
+    ("stack", check_stack),
     ("DEEPZERO_DATA_ROOT", check_data_root),
     ("data stores", check_stores),
 )

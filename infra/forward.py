@@ -5,32 +5,32 @@
     range       a fixed list of chunks; its result is loss differences, nothing else
     worker      keeps module, data and traced engine, built by a plugin that runs again on every replacement
 
-Ranges follow from the coordinates and the memory budget, never from the number of workers, and every worker computes
+Chunks follow from the coordinates and the memory budget, never from the number of workers, and every worker computes
 on one thread: one worker, many workers, or a worker lost on the way give the same bits. What a lost worker held is
-computed again from the task graph, θ included.
+computed again from the task graph, θ included; what a slow one keeps others waiting for is asked again (`stragglers`).
+Workers that share no disk with this process are sent the training images (`shipping`).
 """
 
 import logging
 import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import torch
-from distributed import CancelledError, Client, Future, KilledWorker, Worker, WorkerPlugin, get_worker
+from distributed import CancelledError, Client, Future, KilledWorker, Reschedule, Worker, WorkerPlugin, get_worker
 from distributed import wait as wait_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepzero_core import GradientEstimate
-from deepzero_core.data import Augmentation, BatchSource, ImageStore
-from deepzero_core.errors import WorkError
+from deepzero_core.data import BatchSource
+from deepzero_core.errors import LostError
 from deepzero_core.estimators.cge import queries, slope, work
-from deepzero_core.models import build_model
 from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
 from deepzero_core.perturb.coordinates import count, resolve, scatter
 from deepzero_core.perturb.cost import Cost, total
@@ -39,41 +39,13 @@ from deepzero_core.perturb.machine import NOMINAL
 from deepzero_core.perturb.objective import state_of
 from deepzero_core.training import Batch
 from deepzero_core.training.sources import Coordinates
+from infra.cluster import shares_disk
+from infra.problem import Images, Problem
+from infra.ranges import Range, copies_for, divided, grouped, joined
+from infra.shipping import Shipment
+from infra.stragglers import Answers, Task
 
 log = logging.getLogger(__name__)
-
-RANGES = 24
-"""Tasks per step: enough for a dozen workers to end together, few enough that sending them costs next to nothing."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a worker needs to build module and data by itself: plain values and the folder of the data store."""
-
-    store: Path
-    batches: Mapping[str, Any]
-    """Keyword arguments of `BatchSource` without split, mean and std."""
-    model: Mapping[str, Any]
-    """Keyword arguments of `build_model`."""
-    mu: float
-    difference: str
-    memory: int
-    precision: str = "float32"
-
-    def build_batches(self) -> BatchSource:
-        store = ImageStore.open(self.store)
-        options = dict(self.batches)
-        augmentation = Augmentation(**options.pop("augmentation"))
-        return BatchSource(
-            store.split("train"),
-            mean=store.manifest.mean,
-            std=store.manifest.std,
-            augmentation=augmentation,
-            **options,
-        )
-
-    def build_module(self) -> nn.Module:
-        return build_model(**self.model)
 
 
 @dataclass(frozen=True)
@@ -88,12 +60,9 @@ class StepState:
     buffers: dict[str, np.ndarray]
     random_seed: int
 
-
-@dataclass(frozen=True)
-class Range:
-    """Chunks that one task evaluates: (parameter name, flat indices)."""
-
-    chunks: tuple[tuple[str, np.ndarray], ...]
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for arrays in (self.parameters, self.buffers) for array in arrays.values())
 
 
 @dataclass(frozen=True)
@@ -106,61 +75,74 @@ class Unperturbed:
 
 
 class ForwardWorker(WorkerPlugin):
-    """A worker's module, data and engine; set up again when Dask replaces the worker."""
+    """A worker's module, data and engine, built by its first task; set up again when Dask replaces the worker."""
 
-    def __init__(self, name: str, problem: Problem) -> None:
+    def __init__(self, name: str, problem: Problem, images: Images | None = None) -> None:
         self.name = name
-        self._problem = problem
+        self._problem, self._images = problem, images
+        self._device = torch.device(problem.device)
+        self._built: tuple[nn.Module, BatchSource] | None = None
+        self._evaluator: Evaluator | None = None
         self._base: tuple[str, BasePass] | None = None
+        self._given_up: set[Any] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardWorker, (self.name, self._problem)
+        return ForwardWorker, (self.name, self._problem, self._images)
 
     def setup(self, worker: Worker) -> None:
         torch.set_num_threads(1)
-        self._module = self._problem.build_module().train()
-        self._batches = self._problem.build_batches()
-        self._evaluator: Evaluator | None = None
         # A worker that somebody else has started may have several threads; engine and random state are for one.
         self._turn = threading.Lock()
 
-    def differences(self, state: StepState, work: Range) -> list[np.ndarray]:
-        """ĝ at the coordinates of every chunk of the range."""
-        with self._turn:
-            base, problem = self._base_of(state), self._problem
-            assert self._evaluator is not None
-            return [
-                slope(
-                    self._evaluator,
-                    base,
-                    Chunk(name, torch.from_numpy(indices.copy())),
-                    problem.mu,
-                    problem.difference,
-                    problem.precision,
-                ).numpy()
-                for name, indices in work.chunks
-            ]
+    def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
+        """Note which tasks of this worker nobody waits for any more: another worker was faster."""
+        if start == "executing" and finish in ("cancelled", "released", "forgotten"):
+            self._given_up.add(key)
+        elif finish in ("executing", "resumed"):
+            self._given_up.discard(key)
 
-    def unperturbed(self, state: StepState) -> "Unperturbed":
+    def differences(self, state: StepState, work: Range, key: Any) -> list[np.ndarray]:
+        """ĝ at the coordinates of every chunk of the range. Reschedule: the task `key` has been given up."""
+        with self._turn:
+            base = self._base_of(state)
+            found = []
+            for name, indices in work.chunks:
+                if key in self._given_up:
+                    raise Reschedule  # Dask forgets it, or begins again if it has changed its mind
+                found.append(self._slope(base, name, indices))
+            return found
+
+    def _slope(self, base: BasePass, name: str, indices: np.ndarray) -> np.ndarray:
+        problem, chunk = self._problem, Chunk(name, torch.from_numpy(indices.copy()).to(self._device))
+        assert self._evaluator is not None
+        found = slope(self._evaluator, base, chunk, problem.mu, problem.difference, problem.precision)
+        return found.cpu().numpy()
+
+    def unperturbed(self, state: StepState) -> Unperturbed:
         """What the base pass of a step gives."""
         with self._turn:
             base = self._base_of(state)
-            return Unperturbed(base.loss.numpy(), base.outputs.numpy(), _arrays(base.buffers))
+            return Unperturbed(base.loss.cpu().numpy(), base.outputs.cpu().numpy(), _arrays(base.buffers))
 
     def _base_of(self, state: StepState) -> BasePass:
         """The base pass of a step, kept until the next: every range of the step reads it."""
         if self._base is None or self._base[0] != state.name:
-            inputs, targets = self._batches.batch(state.epoch, state.index)
+            self._given_up.clear()
+            if self._built is None:
+                module = self._problem.build_module().train().to(self._device)
+                self._built = module, self._problem.build_batches(self._images)
+            module, batches = self._built
+            inputs, targets = (part.to(self._device) for part in batches.batch(state.epoch, state.index))
             if self._evaluator is None:
-                self._evaluator = prepare(self._module, inputs, targets, F.cross_entropy)
+                self._evaluator = prepare(module, inputs, targets, F.cross_entropy)
             torch.manual_seed(state.random_seed)
-            base = self._evaluator.base(_tensors(state.parameters), _tensors(state.buffers), inputs, targets)
-            self._base = state.name, base
+            parameters, buffers = _tensors(state.parameters, self._device), _tensors(state.buffers, self._device)
+            self._base = state.name, self._evaluator.base(parameters, buffers, inputs, targets)
         return self._base[1]
 
 
-def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+def _tensors(arrays: Mapping[str, np.ndarray], device: torch.device | None = None) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array.copy()).to(device) for name, array in arrays.items()}
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -172,16 +154,37 @@ def _hold(value: Any) -> Any:
     return value
 
 
+def _seen(value: Any) -> None:
+    """A task whose only purpose is that its worker has its argument."""
+
+
 def _evaluate_base(plugin: str, state: StepState) -> Unperturbed | None:
     forward: ForwardWorker | None = get_worker().plugins.get(plugin)
     return None if forward is None else forward.unperturbed(state)
 
 
 def _evaluate(number: int, plugin: str, state: StepState, ranges: Sequence[Range]) -> list[np.ndarray]:
-    forward: ForwardWorker | None = get_worker().plugins.get(plugin)
+    return _evaluate_range(ranges[number], plugin, state)
+
+
+def _evaluate_range(part: Range, plugin: str, state: StepState) -> list[np.ndarray]:
+    worker = get_worker()
+    forward: ForwardWorker | None = worker.plugins.get(plugin)
     if forward is None:
         return []  # the run was stopped and took its plugin away: nobody reads this
-    return forward.differences(state, ranges[number])
+    return forward.differences(state, part, worker.get_current_task())
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The ranges of a mask for so many workers, and what the workers hold of them."""
+
+    coordinates: Coordinates | None
+    workers: int
+    ranges: list[Range]
+    costs: list[float]
+    held: Future
+    work: Cost
 
 
 @dataclass
@@ -191,17 +194,27 @@ class DistributedCGE:
     client: Client
     problem: Problem
     timeout_s: float = 60.0
+    asked_again: int = 0
+    """Tasks so far that were asked of a second worker because the first was late."""
     _name: str = field(default_factory=lambda: uuid4().hex)
     _evaluator: Evaluator | None = None
-    _ranges: tuple[Coordinates | None, list[Range], Future, Cost] | None = None
+    _cut: _Cut | None = None
+    _workers: set[str] = field(default_factory=set)
+    _shipment: Shipment | None = None
 
     def __enter__(self) -> "DistributedCGE":
-        self.client.register_plugin(ForwardWorker(self._name, self.problem))
+        images = None
+        if not shares_disk(self.client):
+            self._shipment = Shipment(self.client)
+            images = Images.of(self.problem, self._shipment)
+        self.client.register_plugin(ForwardWorker(self._name, self.problem, images))
         self.client.subscribe_topic("all", self._report)
+        # Not `scheduler_info`: the client renews that every two seconds, without workers.
+        self._workers |= set(self.client.nthreads())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ranges = None
+        self._cut = self._shipment = None
         if self.client.status == "running":
             self.client.unsubscribe_topic("all")
             self.client.unregister_worker_plugin(self._name)
@@ -213,125 +226,119 @@ class DistributedCGE:
         """As `deepzero_core.cge`.
 
         Raises:
-            WorkError: no worker answered within the time-out, the scheduler was lost, or a range kills its workers.
+            LostError: no worker answered within the time-out, the scheduler was lost, or a range kills its workers.
         """
         parameters, buffers = state_of(module)
         seed = torch.initial_seed()
         state = StepState(uuid4().hex, batch.epoch, batch.index, _arrays(parameters), _arrays(buffers), seed)
         if self._evaluator is None:
             self._evaluator = prepare(module, batch.inputs, batch.targets, F.cross_entropy)
-        evaluator, chosen = self._evaluator, resolve(module, coordinates)
-        if self._ranges is None or self._ranges[0] is not coordinates:
-            base = evaluator.base(parameters, buffers, batch.inputs, batch.targets)
-            self._ranges = coordinates, *self._cut(evaluator, chosen, base)
-        _, ranges, held_ranges, done = self._ranges
-        held = self.client.submit(_hold, state, key=self._key("theta", state.name), pure=False)
-        # In the order in which they are to begin, large ranges first.
-        numbers = range(len(ranges))
-        futures = [
-            self.client.submit(_evaluate_base, self._name, held, key=self._key("base", state.name), pure=False),
-            *self.client.map(
-                _evaluate,
-                numbers,
-                plugin=self._name,
-                state=held,
-                ranges=held_ranges,
-                key=[self._key("range", state.name, number) for number in numbers],
-                pure=False,
-            ),
-        ]
-        unperturbed, *results = self._results(futures)
-        gradients = scatter(parameters, chosen, _joined(ranges, results))
+        chosen = resolve(module, coordinates)
+        cut = self._cut_for(coordinates, chosen, lambda e: e.base(parameters, buffers, batch.inputs, batch.targets))
+        parts, (unperturbed, *results) = self._answers(self._tasks(state, cut), cut)
+        gradients = scatter(parameters, chosen, joined(parts, results))
         spent = queries(count(chosen), self.problem.difference)
         outputs, left = torch.from_numpy(unperturbed.outputs), _tensors(unperturbed.buffers)
-        return GradientEstimate(gradients, spent, unperturbed.loss.item(), outputs, left, done)
+        return GradientEstimate(gradients, spent, unperturbed.loss.item(), outputs, left, cut.work)
 
-    def _cut(
-        self, evaluator: Evaluator, chosen: Mapping[str, Tensor], base: BasePass
-    ) -> tuple[list[Range], Future, Cost]:
-        """Ranges for a mask, large ones first; the workers hold them. And the cost of all."""
-        memory = self.problem.memory
-        parts = [(chunk.name, chunk.indices.numpy()) for chunk in chunks(evaluator, base, chosen, memory)]
+    def _cut_for(
+        self, coordinates: Coordinates | None, chosen: Mapping[str, Tensor], base_of: Callable[[Evaluator], BasePass]
+    ) -> _Cut:
+        """Ranges for a mask and the workers there are, cut when one of them has changed."""
+        cut, evaluator, workers = self._cut, self._evaluator, len(self._workers)
+        assert evaluator is not None
+        if cut is not None and cut.coordinates is coordinates and cut.workers == workers:
+            return cut
+        base = base_of(evaluator)
+        parts = [(chunk.name, chunk.indices.numpy()) for chunk in chunks(evaluator, base, chosen, self.problem.memory)]
         each = {name: total(evaluator.cost(base, name)).seconds(NOMINAL) for name in chosen}
         costs = [len(indices) * each[name] for name, indices in parts]
-        groups = tapered(costs, RANGES)
+        groups = grouped(costs, workers)
         ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
         held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
-        return ranges, held, work(evaluator, base, chosen, self.problem.difference)
+        shares = [sum(costs[i] for i in group) for group in groups]
+        done = work(evaluator, base, chosen, self.problem.difference)
+        self._cut = _Cut(coordinates, workers, ranges, shares, held, done)
+        return self._cut
 
-    def _results(self, futures: Sequence[Future]) -> list[Any]:
+    def _tasks(self, state: StepState, cut: _Cut) -> list[Task]:
+        """The base pass and the ranges, in the order in which they are to begin, large ones first."""
+        held = self.client.submit(_hold, state, key=self._key("theta", state.name), pure=False)
+        copies = copies_for(min(len(self._workers), len(cut.ranges)), state.bytes)
+        if copies > 1:
+            self._spread(held, copies)
+        base_key, numbers = self._key("base", state.name), range(len(cut.ranges))
+        base = self.client.submit(_evaluate_base, self._name, held, key=base_key, pure=False)
+        futures = self.client.map(
+            _evaluate,
+            numbers,
+            plugin=self._name,
+            state=held,
+            ranges=cut.held,
+            key=[self._key("range", state.name, number) for number in numbers],
+            pure=False,
+        )
+
+        def base_again(_: int, workers: Sequence[str]) -> list[Future]:
+            options = {"key": f"{base_key}-{uuid4().hex}", "pure": False, "workers": list(workers)}
+            return [self.client.submit(_evaluate_base, self._name, held, **options)]
+
+        def range_again(number: int, pieces: int, workers: Sequence[str]) -> list[Future]:
+            parts = divided(cut.ranges[number], pieces)
+            keys = [self._key("again", state.name, number, uuid4().hex) for _ in parts]
+            options = {"key": keys, "pure": False, "workers": list(workers)}
+            return self.client.map(_evaluate_range, parts, plugin=self._name, state=held, **options)
+
+        ranges = zip(numbers, cut.costs, futures, strict=True)
+        return [Task(0.0, base, base_again), *(Task(cost, f, partial(range_again, n)) for n, cost, f in ranges)]
+
+    def _spread(self, held: Future, copies: int) -> None:
+        """Have some workers fetch θ first, so that the others need not all fetch it from one.
+
+        `Client.replicate` does so as well, but tells of it in an event that no subscriber can be sent.
+        """
+        options = {"pure": False, "allow_other_workers": True}
+        key = self._key("copy", uuid4().hex)
+        seen = [
+            self.client.submit(_seen, held, workers=[worker], key=f"{key}-{number}", **options)
+            for number, worker in enumerate(sorted(self._workers)[:copies])
+        ]
+        with suppress(TimeoutError):  # the step itself will tell who does not answer
+            wait_for(seen, timeout=self.timeout_s)
+
+    def _answers(self, tasks: Sequence[Task], cut: _Cut) -> tuple[list[Range], list[Any]]:
+        """What was evaluated, ranges or pieces of them; and the results, that of the base pass first."""
+        answers = Answers(self.client, tasks, lambda: len(self._workers), lambda: self.timeout_s)
         try:
-            self._wait(futures)
-            results: list[Any] = self.client.gather(list(futures))
-            return results
-        except BaseException as error:
-            if self.client.status == "running":
-                self.client.cancel(list(futures))  # nobody waits for them any more
-            if isinstance(error, KilledWorker):
-                raise WorkError(
-                    f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and each of them died; "
-                    "see to their memory, or take a smaller estimator.memory_mib"
-                ) from error
-            if isinstance(error, CancelledError | OSError):
-                address = self.client.scheduler.address
-                raise WorkError(f"the Dask scheduler at {address} was lost in the middle of a step") from error
-            raise
-
-    def _wait(self, futures: Sequence[Future]) -> None:
-        """Wait as long as ranges keep coming back; the time-out starts again with each of them."""
-        finished, heard = 0, time.monotonic()
-        while True:
-            try:
-                wait_for(futures, timeout=min(5.0, self.timeout_s))
-                return
-            except TimeoutError:
-                if self.client.status != "running":
-                    raise ConnectionError(f"the Dask client is {self.client.status}") from None
-                done = sum(future.done() for future in futures)
-                if done > finished:
-                    finished, heard = done, time.monotonic()
-                if time.monotonic() - heard > self.timeout_s:
-                    workers = len(self.client.scheduler_info(n_workers=-1)["workers"])
-                    raise WorkError(
-                        f"no answer from the {workers} Dask workers for {self.timeout_s:g} s "
-                        f"({finished} of {len(futures)} tasks of this step are done)"
-                    ) from None
+            answers.wait()
+            self.asked_again += answers.asked_again
+            chosen = [answers.chosen[number] for number in range(len(tasks))]
+            pieces = zip(cut.ranges, chosen[1:], strict=True)
+            parts = [part for whole, futures in pieces for part in divided(whole, len(futures))]
+            results: list[Any] = self.client.gather([future for futures in chosen for future in futures])
+            return parts, results
+        except KilledWorker as error:
+            raise LostError(
+                f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and each of them died; "
+                "see to their memory, or take a smaller estimator.memory_mib"
+            ) from error
+        except (CancelledError, OSError) as error:
+            address = self.client.scheduler.address
+            raise LostError(f"the Dask scheduler at {address} was lost in the middle of a step") from error
+        finally:
+            open_still = [future for future in answers.futures() if not future.done()]
+            if open_still and self.client.status == "running":
+                self.client.cancel(open_still)  # nobody waits for them any more
 
     def _report(self, event: tuple[float, Any]) -> None:
         message = event[1]
         if isinstance(message, dict) and message.get("action") == "remove-worker":
+            self._workers.discard(str(message.get("worker")))
             log.warning("Dask worker %s was lost: its coordinate ranges are evaluated again", message.get("worker"))
         if isinstance(message, dict) and message.get("action") == "add-worker":
+            self._workers.add(str(message.get("worker")))
             log.info("Dask worker %s joined", message.get("worker"))
 
     def _key(self, kind: str, *parts: object) -> str:
         """Kind first: by it Dask knows ranges for a group of their own, and keeps them in one queue for all workers."""
         return "-".join(["deepzero", kind, self._name, *(str(part) for part in parts)])
-
-
-def _joined(ranges: Sequence[Range], results: Sequence[list[np.ndarray]]) -> dict[str, Tensor]:
-    """By parameter, what the ranges found, in the order of its coordinates."""
-    found: dict[str, list[tuple[int, np.ndarray]]] = {}
-    for part, values in zip(ranges, results, strict=True):
-        for (name, indices), value in zip(part.chunks, values, strict=True):
-            found.setdefault(name, []).append((int(indices[0]), value))
-    ordered = {name: sorted(parts, key=lambda part: part[0]) for name, parts in found.items()}
-    return {name: torch.from_numpy(np.concatenate([v for _, v in parts])) for name, parts in ordered.items()}
-
-
-def tapered(costs: Sequence[float], groups: int) -> list[list[int]]:
-    """Split positions into at most `groups` consecutive runs, each of a smaller share of the cost than the one before.
-
-    Shares fall linearly, (1 − (1 − k/groups)²) of the total in the first k: taken from one queue, the last ones are
-    small enough for all workers to end together, and the first ones leave few tasks to be sent.
-    """
-    total, spent, runs = sum(costs), 0.0, []
-    current: list[int] = []
-    for position, cost in enumerate(costs):
-        current.append(position)
-        spent += cost
-        share = 1 - (1 - (len(runs) + 1) / groups) ** 2
-        if len(runs) + 1 < groups and spent >= total * share - 1e-12 * total:
-            runs.append(current)
-            current = []
-    return [*runs, current] if current else runs

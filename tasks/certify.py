@@ -19,7 +19,7 @@ from deepzero_core.smoothing import (
 )
 from infra.certification import Examples, Task, certify_examples, done_before
 from infra.classifiers import Recipe
-from infra.cluster import connect
+from infra.cluster import open_cluster
 from tasks.problem import problem_of
 from tasks.progress import Progress
 from tasks.records import Certified, Defended, Prepared, Trained, Victim
@@ -71,7 +71,7 @@ def certified(
     done = done_before(stage.folder, examples)
     abstained = 0
     with (
-        _client(experiment.cluster, needed=done < len(labels)) as client,
+        _client(experiment.cluster, classifier, needed=done < len(labels)) as client,
         Progress(stage.title, len(labels), done) as progress,
     ):
 
@@ -145,12 +145,12 @@ def trained_recipe(experiment: Experiment, prepared: Prepared, trained: Trained)
 
 
 @contextmanager
-def _client(cluster: ClusterConfig, *, needed: bool) -> Iterator[Client | None]:
+def _client(cluster: ClusterConfig, classifier: Recipe, *, needed: bool) -> Iterator[Client | None]:
     """Dask workers, where they are asked for and there is something to do."""
-    if not needed or (cluster.workers == 0 and cluster.address is None):
+    if not needed or (cluster.workers == 0):
         yield None
         return
-    with connect(cluster.workers, cluster.address, cluster.timeout_s) as client:
+    with open_cluster(cluster, mentions=classifier.arguments) as client:
         yield client
 
 

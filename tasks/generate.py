@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from prefect.states import State
 
 from configs.solver_loop import SolverLoop
-from infra.cluster import connect
+from infra.cluster import open_cluster
 from simulators.case_store import SPLITS, write_cases
 from simulators.cases import Case
 from simulators.methods.packing import required
-from tasks.loop_problem import open_simulator, reference_cases
+from tasks.loop_problem import open_simulator, reference_cases_on_one_thread
 from tasks.progress import Progress
 from tasks.records import Cases
 from tasks.stage import Stage, Tracking, perform, stage_task
@@ -33,10 +32,11 @@ def _generate(stage: Stage, loop: SolverLoop) -> Cases:
     numbers = [number for some in splits.values() for number in some]
     cluster = loop.cluster
     with Progress(stage.title, len(numbers)) as progress:
-        if cluster.workers == 0 and cluster.address is None:
-            cases = _on_one_thread(loop, numbers)
-        else:
-            cases = _shared_out(loop, numbers, progress)
+        cases = (
+            reference_cases_on_one_thread(loop, numbers)
+            if cluster.workers == 0
+            else _shared_out(loop, numbers, progress)
+        )
     computed = iter(cases)
     sorted_out = {split: list(itertools.islice(computed, len(some))) for split, some in splits.items()}
     facts: dict[str, Any] = {
@@ -60,24 +60,14 @@ def _generate(stage: Stage, loop: SolverLoop) -> Cases:
     )
 
 
-def _on_one_thread(loop: SolverLoop, numbers: Sequence[float]) -> list[Case]:
-    """As a worker does: sums over several threads are other sums."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return reference_cases(loop, numbers)
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _shared_out(loop: SolverLoop, numbers: Sequence[float], progress: Progress) -> list[Case]:
     """Each worker gets its part at once: cases that are computed together cost less."""
     cluster = loop.cluster
-    with connect(cluster.workers, cluster.address, cluster.timeout_s) as client:
-        workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+    with open_cluster(cluster, mentions=loop.model_dump(mode="json")) as client:
+        workers = max(1, len(client.nthreads()))
         each = -(-len(numbers) // workers)
         parts = [numbers[start : start + each] for start in range(0, len(numbers), each)]
-        futures = [client.submit(_on_one_thread, loop, part, pure=False) for part in parts]
+        futures = [client.submit(reference_cases_on_one_thread, loop, part, pure=False) for part in parts]
         cases: list[Case] = []
         for future in futures:
             cases += future.result()

@@ -1,5 +1,5 @@
 """The loop of a training stage: history, metrics, checkpoints, progress. Killed at any moment it goes on from its last
-checkpoint, to the same bits; a black box that goes away ends it with a checkpoint at the step that it stands at."""
+checkpoint, to the same bits. Asked to stop, or left by black box or workers, it writes one where it stands."""
 
 import sys
 import time
@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 
-from deepzero_core.errors import BlackBoxError, RequestError, WorkError
-from deepzero_core.training import NonFiniteError, StepRecord, Trainer
+from deepzero_core.errors import LostError, RequestError, WorkError
+from deepzero_core.training import NonFiniteError, StepRecord, Trainer, check_state
 from deepzero_core.training.checkpoint import load_newest, save_step
-from tasks.history import History
+from tasks.history import History, intact
 from tasks.progress import Progress
 from tasks.stage import Stage
 from tasks.tracking import metrics_of
@@ -62,7 +63,7 @@ class Loop:
             stage.run.metrics(metrics_of(line), step=line["step"])
         saved_at = time.monotonic()
         with history, Progress(stage.title, total, trainer.step, self.expected) as progress:
-            note = ""
+            note, told = "", trainer.step
             try:
                 for record, seconds in _timed(self._explained()):
                     self._say(history, self._step_line(record) | self.line(record, seconds))
@@ -74,8 +75,14 @@ class Loop:
                     if last or record.step % self.checkpoint_every == 0 or _overdue(saved_at):
                         self._save(history)
                         saved_at = time.monotonic()
+                    told = record.step
                     progress.advance(f"loss {record.loss:.3f}{note}")
-            except BlackBoxError as error:
+            except (KeyboardInterrupt, SystemExit, TerminationSignal):
+                # The trainer counts a step before it changes a parameter: here nothing is half done.
+                if trainer.step == told:
+                    self._checkpoint(history)
+                raise
+            except LostError as error:
                 self._save(history)
                 raise WorkError(
                     f"{error}; {stage.title} stands at step {trainer.step} of {total}, and the same command goes on "
@@ -113,23 +120,28 @@ class Loop:
         }
 
     def _save(self, history: History) -> None:
+        self._checkpoint(history)
+        self.stage.run.flush()
+
+    def _checkpoint(self, history: History) -> None:
         """The stage's key is the digest of the configuration, the data and the code that the rest of the run needs."""
         history.flush()
         state = {
             "trainer": self.trainer.state(),
             "seconds": self.clock.seconds,
             "config_digest": self.stage.folder.name,
+            "history": history.mark,
         }
         save_step(self.stage.folder / "checkpoints", self.trainer.step, state)
-        self.stage.run.flush()
 
     def _resume(self) -> float:
         """Restore the newest good checkpoint, if there is one; the seconds already spent."""
         stage, logger = self.stage, get_run_logger()
-        found = load_newest(stage.folder / "checkpoints")
+        found = load_newest(stage.folder / "checkpoints", self._no_use)
+        instead = "using an older one" if found.path else "the training begins anew"
         for damage in found.damaged:
-            logger.warning("%s; using an older one", damage)
-            print(f"warning: {damage}; using an older one", file=sys.stderr)
+            logger.warning("%s; %s", damage, instead)
+            print(f"warning: {damage}; {instead}", file=sys.stderr)
         if found.state is None:
             return 0.0
         if found.state["config_digest"] != stage.folder.name:
@@ -140,6 +152,18 @@ class Loop:
         self.trainer.restore(found.state["trainer"])
         logger.info("resumed at step %d from %s", self.trainer.step, found.path)
         return float(found.state["seconds"])
+
+    def _no_use(self, state: dict[str, Any]) -> str | None:
+        """Why a checkpoint is of no use: what it is made of, and the history that belongs to it."""
+        history = self.stage.folder / "history.jsonl"
+        try:
+            check_state(state.get("trainer", {}))
+        except RequestError as error:
+            return f"is none of a training: {error}"
+        seconds = state.get("seconds")
+        if not isinstance(state.get("config_digest"), str) or not isinstance(seconds, float) or not seconds >= 0:
+            return "is none of a training"
+        return None if intact(history, state.get("history")) else f"belongs to a history that {history} is no longer"
 
     def _explained(self) -> Iterator[StepRecord]:
         """The trainer's records; a loss that is no longer finite is reported with the last good checkpoint."""

@@ -65,9 +65,9 @@ class Gallery:
 class Page:
     """What a report says.
 
-    result:  the numbers for machines, with the keys schema_version, title, experiment_yaml, data {name, digest, train,
-             test and, where they are no images, unit}, environment, mlflow_url and notes, which the page shows;
-             `write_page` adds created, table and pictures.
+    result:  the numbers for machines, with the keys schema_version, title, experiment_yaml, environment, mlflow_url,
+             notes and data, which the page shows; data is None or has name, digest, train, test and, where they are no
+             images, unit. `write_page` adds created, table and pictures.
     facts:   the few numbers to be read first, each with what it is.
     heading, table: the main one.
     draw:    adds the pictures.
@@ -119,12 +119,16 @@ def _html(result: Mapping[str, Any], page: Page, pictures: Sequence[Picture]) ->
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["thousands"] = lambda number: f"{number:,}"
     url = result["mlflow_url"]
     # Escaping does not make javascript: harmless.
     link = url if url and url.startswith(("http://", "https://")) else None
     return environment.get_template("report.html.j2").render(
-        result=result, date=_date(result), page=page, pictures=pictures, mlflow_url=link
+        result=result,
+        date=_date(result),
+        counts=_counts(result["data"]) if result["data"] else "",
+        page=page,
+        pictures=pictures,
+        mlflow_url=link,
     )
 
 
@@ -132,8 +136,8 @@ def _markdown(result: Mapping[str, Any], page: Page, pictures: Sequence[Picture]
     data = result["data"]
     parts = [
         f"# {_plain(result['title'])}",
-        f"{_date(result)} · {_plain(data['name'])}, {data['train']:,} training and {data['test']:,} test "
-        + data.get("unit", "images")
+        _date(result)
+        + (f" · {_plain(data['name'])}, {_counts(data)}" if data else "")
         + (f" · [MLflow run](<{result['mlflow_url']}>)" if result["mlflow_url"] else ""),
         " · ".join(f"**{value}** {label}" for value, label in page.facts),
         f"## {page.heading}",
@@ -149,6 +153,10 @@ def _markdown(result: Mapping[str, Any], page: Page, pictures: Sequence[Picture]
     parts += ["## Configuration", f"````yaml\n{result['experiment_yaml'].strip()}\n````"]
     parts += ["## Environment", "\n".join(environment)]
     return "\n\n".join(parts) + "\n"
+
+
+def _counts(data: Mapping[str, Any]) -> str:
+    return f"{data['train']:,} training and {data['test']:,} test {data.get('unit', 'images')}"
 
 
 def _date(result: Mapping[str, Any]) -> str:

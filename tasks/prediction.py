@@ -25,6 +25,7 @@ from deepzero_core.perturb.cost import Cost
 from deepzero_core.perturb.machine import Machine, measured
 from deepzero_core.perturb.objective import preserved_random_state, state_of
 from deepzero_core.training.sources import Coordinates
+from infra.specs import elsewhere
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Yardstick:
     def of(cls, experiment: Experiment) -> Self:
         """Workers on other machines are taken to be as fast as this one; here no more count than there are cores."""
         cluster = experiment.cluster
-        if cluster.address is not None:
+        if elsewhere(cluster):
             return cls(_measured(1), max(1, cluster.workers))
         if cluster.workers:
             return cls(_measured(1), min(cluster.workers, os.cpu_count() or 1))

@@ -5,7 +5,8 @@ from typing import Any, Literal
 from configs.defence import Defence
 from configs.schema import Experiment, ModelConfig
 from deepzero_core.data import BatchSource, ImageStore, Split
-from infra.forward import Problem
+from infra.problem import Problem
+from infra.specs import device_of
 from tasks.records import Prepared
 
 MIB = 1 << 20
@@ -28,6 +29,7 @@ def problem_of(experiment: Experiment, prepared: Prepared) -> Problem:
         difference=experiment.estimator.difference,
         precision=experiment.estimator.precision,
         memory=experiment.estimator.memory_mib * MIB,
+        device=device_of(experiment.cluster),
     )
 
 

@@ -1,5 +1,9 @@
-"""One line per stage: a live bar in a terminal, a line now and then where there is none."""
+"""One line per stage: a live bar in a terminal, a line now and then where there is none; and a gauge in Prefect.
 
+What is printed is logged as well: the log of a flow run that a worker executes is how others see it.
+"""
+
+import logging
 import sys
 import time
 from typing import Self
@@ -7,6 +11,10 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from tasks.artifacts import Gauge
+
+_log = logging.getLogger(__name__)
 
 _PLAIN_EVERY_S = 15.0
 _WIDTH = 38
@@ -22,7 +30,7 @@ class Progress:
         self._stage, self._total, self._done, self._first = stage, total, done, done
         self._expected = None if unit_seconds is None else unit_seconds * (total - done)
         self._started = self._printed = time.monotonic()
-        self._bar = _bar()
+        self._bar, self._gauge = _bar(), Gauge(stage)
         note = "" if self._expected is None else f"about {_clock(self._expected)}"
         self._task = self._bar.add_task(stage, total=total, completed=done, note=note)
 
@@ -31,21 +39,29 @@ class Progress:
             self._bar.start()
         elif self._expected is not None and self._expected >= _PLAIN_EVERY_S:
             _say(self._stage, f"{self._done} of {self._total}, about {_clock(self._expected)} left")
+        self._gauge.show(self._percent)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar.console.is_terminal:
             self._bar.stop()
+        if kind is None:
+            self._gauge.show(self._percent, last=True)
 
     def advance(self, note: str = "") -> None:
         """One unit is done; `note` says how it stands."""
         self._done += 1
         self._bar.update(self._task, completed=self._done, note=note)
+        self._gauge.show(self._percent)
         now = time.monotonic()
         if not self._bar.console.is_terminal and now - self._printed >= _PLAIN_EVERY_S:
             self._printed = now
             left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
             _say(self._stage, f"{self._done} of {self._total}, {note}, {_clock(left)} left")
+
+    @property
+    def _percent(self) -> float:
+        return 100 * self._done / self._total if self._total else 100.0
 
 
 def concluded(stage: str, seconds: float) -> None:
@@ -59,7 +75,9 @@ def skipped(stage: str) -> None:
 
 
 def _say(stage: str, text: str) -> None:
-    print(f"{stage:<{_WIDTH}} {text}", flush=True)
+    line = f"{stage:<{_WIDTH}} {text}"
+    print(line, flush=True)
+    _log.info("%s", line)
 
 
 def _bar() -> Bar:

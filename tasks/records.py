@@ -123,6 +123,24 @@ class Reported(Record):
     result: Path
 
 
+class Studied(Record):
+    """What one run of a study came to: `metrics` as MLflow has them, in the run `run_id`."""
+
+    report: Path
+    metrics: dict[str, float]
+    run_id: str
+    seconds: float
+
+
+class Outcome(Record):
+    """A point of a study and a seed: what came of it, or the sentence that it failed with."""
+
+    values: dict[str, Any]
+    seed: int
+    studied: Studied | None = None
+    error: str = ""
+
+
 class Victim(Record):
     """A classifier that is to be defended, and what it has said so far."""
 

@@ -29,8 +29,9 @@ from deepzero_core.training import (
     Trainer,
     TrainingSettings,
 )
-from infra.cluster import connect
-from infra.forward import DistributedCGE, Problem
+from infra.cluster import open_cluster
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 from tasks.evaluate import score
 from tasks.loop import Loop
 from tasks.prediction import Yardstick, work_of_a_step
@@ -73,7 +74,7 @@ def _train(stage: Stage, experiment: Experiment, prepared: Prepared, pruned: Pru
     problem = problem_of(experiment, prepared)
     module, batches = problem.build_module(), problem.build_batches()
     with _source(experiment, problem, method) as source:
-        trainer = Trainer(module, batches, source, _settings(experiment, batches, pruned, method))
+        trainer = Trainer(module, batches, source, settings_of(experiment, batches, pruned, method))
         loop = Loop(stage, trainer, experiment.training.checkpoint_every)
         _log_masks(stage, trainer)
         yardstick = Yardstick.of(experiment)
@@ -155,7 +156,7 @@ def _log_masks(stage: Stage, trainer: Trainer) -> None:
         stage.run.artifact(path, "masks")
 
 
-def _settings(experiment: Experiment, batches: BatchSource, pruned: Pruned, method: str) -> TrainingSettings:
+def settings_of(experiment: Experiment, batches: BatchSource, pruned: Pruned, method: str) -> TrainingSettings:
     training = experiment.training
     per_epoch = batches.steps_per_epoch
     steps = training_steps(experiment, batches)
@@ -190,11 +191,11 @@ def _source(experiment: Experiment, problem: Problem, method: str) -> Iterator[G
         yield ForwardGradientSource(loss, estimator.queries, experiment.seed)
     elif method in _FIRST_ORDER:
         yield FirstOrderSource(loss)
-    elif cluster.workers == 0 and cluster.address is None:
+    elif cluster.workers == 0:
         yield CGESource(loss, problem.mu, problem.difference, problem.memory, problem.precision)
     else:
         with (
-            connect(cluster.workers, cluster.address, cluster.timeout_s) as client,
+            open_cluster(cluster, mentions=dict(problem.model)) as client,
             DistributedCGE(client, problem, cluster.timeout_s) as source,
         ):
             yield source

@@ -1,6 +1,7 @@
 """Certification of examples into a table: the same bytes straight, killed and resumed, on one worker or many."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from deepzero_core.data import prepare
 from deepzero_core.errors import RequestError
 from deepzero_core.smoothing import ABSTAIN, Certificate, Certification, certify_many
 from deepzero_core.training.sources import step_generator
+from infra import certification
 from infra.certificates import Certificates
 from infra.certification import Examples, Task, certify_examples
-from infra.classifiers import Recipe
+from infra.classifiers import Recipe, files_of, moved
 from infra.cluster import connect
+from infra.shipping import Shipment
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {"name": "cnn", "in_channels": 1, "num_classes": 10, "image_size": [8, 8], "depth": 1, "width": 4, "seed": 0}
@@ -98,6 +101,42 @@ def test_workers_one_of_which_dies_make_the_table_of_this_process(store: Path, w
         wrong = Task(wanted.examples, Recipe("infra.classifiers:train", {}), wanted.settings, 0)
         with pytest.raises(RequestError, match=r"'infra.classifiers:train' does not name a callable"):
             certify_examples(wrong, tmp_path / "wrong", client=client)
+
+
+def test_workers_that_do_not_see_images_and_weights_are_sent_them(
+    store: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, copied = tmp_path / "store", tmp_path / "weights.pt"
+    shutil.copytree(store, own)
+    shutil.copy(weights, copied)
+    wanted = task(own, copied, count=8)
+    here, _ = certify_examples(wanted, tmp_path / "here")
+    monkeypatch.setattr(certification, "shares_disk", lambda client: False)
+    packed = certification.Luggage.of
+
+    def pack(task: Task, shipment: Shipment) -> certification.Luggage:
+        luggage = packed(task, shipment)
+        own.rename(tmp_path / "store elsewhere")
+        copied.unlink()
+        return luggage
+
+    monkeypatch.setattr(certification.Luggage, "of", pack)
+    labels = wanted.examples.labels()
+    monkeypatch.setattr(Examples, "labels", lambda _: labels)
+    with connect(1, None, 60) as client:
+        there, _ = certify_examples(wanted, tmp_path / "there", client=client)
+    assert there.read_bytes() == here.read_bytes()
+
+
+def test_what_a_black_box_is_asked_is_not_counted_on_several_machines(store: Path) -> None:
+    settings = {"path": "box.onnx"}
+    victim = {"kind": "onnx", "settings": settings, "cache": None, "account": ["account.sqlite", "images"]}
+    recipe = Recipe("infra.classifiers:defended", {"victim": victim, "purifier": None, "weights": None})
+    with pytest.raises(RequestError, match=r"counted in a file of this machine: certify it with workers of this"):
+        files_of(recipe)
+    free = Recipe(recipe.factory, {**recipe.arguments, "victim": {**victim, "account": None}})
+    assert files_of(free) == ["box.onnx"]
+    assert moved(free, {"box.onnx": "there"}).arguments["victim"]["settings"] == {"path": "there"}
 
 
 def test_killed_for_good_it_goes_on_from_what_is_on_disk(store: Path, weights: Path, tmp_path: Path) -> None:

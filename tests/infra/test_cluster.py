@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from deepzero_core.data import prepare
 from deepzero_core.errors import RequestError, WorkError
 from deepzero_core.training import Batch, CGESource
-from infra.cluster import connect
-from infra.forward import DistributedCGE, Problem
+from infra import cluster
+from infra.cluster import connect, shares_disk
+from infra.forward import DistributedCGE
+from infra.problem import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,9 +40,8 @@ def ended(processes: list[psutil.Process]) -> bool:
 def test_local_workers_come_and_go_with_the_block() -> None:
     before = set(psutil.Process().children(recursive=True))
     with connect(2, None, 60) as client:
-        info = client.scheduler_info(n_workers=-1)
-        assert info["address"].startswith("tcp://127.0.0.1:"), "nobody else on the network reaches it"
-        assert [worker["nthreads"] for worker in info["workers"].values()] == [1, 1]
+        assert client.scheduler.address.startswith("tcp://127.0.0.1:"), "nobody else on the network reaches it"
+        assert list(client.nthreads().values()) == [1, 1]
         started = [psutil.Process(pid) for pid in client.run(os.getpid).values()]
     assert len(started) == 2 and ended(started)
     assert not {
@@ -152,6 +153,32 @@ def test_a_running_scheduler_is_used_and_left_running(
             estimate = source.estimate(module, batch, None)
         assert all(torch.equal(value, estimate.gradients[name]) for name, value in expected.gradients.items())
     assert scheduler.poll() is None
+
+
+def test_workers_of_a_scheduler_on_loopback_are_asked_what_they_see(
+    running: tuple[str, "subprocess.Popen[bytes]"], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connect(1, running[0], 60) as client:
+        assert shares_disk(client)
+        assert list(home.iterdir()) == []
+        monkeypatch.setattr(client, "run", lambda call, path: {"a": call(path), "b": None})
+        assert not shares_disk(client), "one of them does not see it"
+
+
+@pytest.mark.parametrize(
+    ("address", "here"),
+    [
+        ("tcp://127.0.0.1:1", True),
+        ("tls://localhost:1", True),
+        ("tcp://[::1]:1", True),
+        ("tcp://10.0.0.1:1", False),
+        ("tcp://localhost.elsewhere.org:1", False),
+        ("tcp://1270.0.0.1:1", False),
+        ("tcp://a127.b:1", False),
+    ],
+)
+def test_loopback_is_told_from_other_addresses(address: str, here: bool) -> None:
+    assert bool(cluster._LOOPBACK.match(address)) is here
 
 
 def test_fewer_workers_than_asked_for_is_a_failure_of_the_work(running: tuple[str, "subprocess.Popen[bytes]"]) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -22,9 +23,11 @@ from deepzero_core import GradientEstimate, draw_masks
 from deepzero_core.data import BatchSource, prepare
 from deepzero_core.errors import WorkError
 from deepzero_core.training import Batch, CGESource, Schedule, Trainer, TrainingSettings
-from infra import cluster
+from infra import cluster, forward
 from infra.cluster import connect
-from infra.forward import RANGES, DistributedCGE, Problem, tapered
+from infra.forward import DistributedCGE
+from infra.problem import Problem
+from infra.ranges import FEWEST, tapered
 
 MEMORY = 1 << 20
 
@@ -114,7 +117,7 @@ def test_any_number_of_workers_trains_to_the_same_bits(small: Problem, workers: 
     expected = list(Trainer(alone, batches, CGESource(F.cross_entropy, 5e-3, "forward", MEMORY), plan).run())
     spread = small.build_module()
     with connect(workers, None, 60) as client, DistributedCGE(client, small) as source:
-        assert len(client.scheduler_info(n_workers=-1)["workers"]) == workers
+        assert len(client.nthreads()) == workers
         assert list(Trainer(spread, batches, source, plan).run()) == expected
     for name, value in alone.state_dict().items():
         assert torch.equal(value, spread.state_dict()[name]), name
@@ -161,6 +164,20 @@ def test_nothing_is_left_on_the_cluster(small: Problem, two: Client) -> None:
     while any(two.run(lambda dask_worker: len(dask_worker.data)).values()):
         assert time.monotonic() < deadline, "θ, coordinates and results stay in the workers' memory"
         time.sleep(0.1)
+
+
+def test_workers_that_do_not_see_the_store_are_sent_its_images(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = problem(tmp_path / "store")
+    shutil.copytree(store, own.store)
+    module, batches = own.build_module().train(), own.build_batches()
+    expected = [here(own, module, batch_of(batches, number), None) for number in range(2)]
+    monkeypatch.setattr(forward, "shares_disk", lambda client: False)
+    with connect(1, None, 60) as client, DistributedCGE(client, own) as source:
+        own.store.rename(tmp_path / "elsewhere")
+        for number, estimate in enumerate(expected):
+            assert_same(source.estimate(module, batch_of(batches, number), None), estimate)
 
 
 def while_it_runs(client: Client, action: Callable[[], None], *, done: int = 1) -> threading.Thread:
@@ -237,7 +254,7 @@ def test_workers_that_fall_silent_end_the_step_with_a_count(slow: Problem) -> No
         str(failure.value),
     )
     assert found, str(failure.value)
-    assert 1 <= int(found[1]) < int(found[2]) <= RANGES + 1  # and the base pass
+    assert 1 <= int(found[1]) < int(found[2]) <= FEWEST + 1  # and the base pass
 
 
 def test_a_network_that_kills_its_workers_is_a_failure_of_the_work(
@@ -255,7 +272,7 @@ def test_a_network_that_kills_its_workers_is_a_failure_of_the_work(
         "        return self.linear(x.flatten(1))\n"
     )
     (tmp_path / "poisonous.py").write_text(code)
-    monkeypatch.setitem(cluster._SETTINGS, "distributed.scheduler.allowed-failures", 1)
+    monkeypatch.setitem(cluster.SETTINGS, "distributed.scheduler.allowed-failures", 1)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     plain = problem(store)

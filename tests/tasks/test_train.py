@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
+from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
 import configs
 from configs.schema import Experiment
 from deepzero_core.data import prepare
 from deepzero_core.errors import WorkError
+from deepzero_core.training import Trainer
 from tasks import train as training
 from tasks.history import History, read
 from tasks.records import Prepared, Pruned, Trained
@@ -128,6 +131,33 @@ def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(
     assert same_numbers(resumed.history, whole.history)
     weights = [torch.load(trained.weights, weights_only=True) for trained in (whole, resumed)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"), [("_check_finite", 7), ("_keep_masked_weights_at_zero", 6)], ids=["estimating", "updating"]
+)
+def test_stopped_it_keeps_the_step_that_it_stands_at_unless_that_is_half_done(
+    where: str, kept: int, in_home: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In step 8; the checkpoints that are due are those of steps 3 and 6."""
+    whole = in_home("whole")
+    original, calls = getattr(Trainer, where), 0
+
+    def stop(self: Trainer, *arguments: Any) -> None:
+        nonlocal calls
+        original(self, *arguments)
+        calls += self.step > 0 or where == "_check_finite"
+        if calls == 8:
+            raise TerminationSignal(signal=signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(TerminationSignal):
+        patch.setattr(Trainer, where, stop)
+        in_home("cut")
+    names = sorted(path.stem for path in (tmp_path / "cut").glob("stages/train/*/checkpoints/*.ckpt"))
+    assert names[-1] == f"step-{kept:08d}"
+    resumed = in_home("cut")
+    assert resumed.weights_digest == whole.weights_digest
+    assert same_numbers(resumed.history, whole.history)
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_but_no_bits(
