@@ -45,7 +45,9 @@ def execute(
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="deepzero-dry-run-") as folder:
             base = home() if _is_prepared(experiment) else Path(folder)
-            console.print(plan(flow_name, experiment, base, predict=True))
+            # The time of somebody's classifier nobody can predict.
+            options = {} if isinstance(experiment, Defence) else {"predict": True}
+            console.print(plan(flow_name, experiment, base, **options))
         return 0
     plan(flow_name, experiment, home())
     orchestration.configure()

@@ -4,6 +4,7 @@
  "forward_flops", "seconds", "peak_memory_bytes"}           loss and accuracy on the batch; the rest cumulative
  where the cost model has a say also "step_seconds", "predicted_seconds", "share_of_peak", of this step alone
 {"kind": "evaluation", "step", "epoch", "queries", "seconds", "test_accuracy", "test_loss"}
+ of a corrector "validation_mae" in place of the last two, null where a simulation diverged
 """
 
 import hashlib

@@ -71,7 +71,7 @@ class Loop:
                     found = self.evaluation(record, last)
                     if found is not None:
                         self._say(history, self._evaluation_line(record) | found)
-                        note = "".join(f", test accuracy {v:.1%}" for k, v in found.items() if k == "test_accuracy")
+                        note = _note(found)
                     if last or record.step % self.checkpoint_every == 0 or _overdue(saved_at):
                         self._save(history)
                         saved_at = time.monotonic()
@@ -173,6 +173,14 @@ class Loop:
             good = load_newest(self.stage.folder / "checkpoints").path
             where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             raise WorkError(f"{error}; {where}") from error
+
+
+def _note(found: dict[str, Any]) -> str:
+    """What the line of progress says of an evaluation."""
+    accuracy, error = found.get("test_accuracy"), found.get("validation_mae")
+    if error is not None:
+        return f", validation MAE {error:.4f}"
+    return "" if accuracy is None else f", test accuracy {accuracy:.1%}"
 
 
 def _overdue(saved_at: float) -> bool:

@@ -12,10 +12,9 @@ from torch import Tensor
 from configs.solver_loop import SolverLoop
 from deepzero_core.data.files import write_arrow
 from simulators import methods
-from simulators.cases import Case
 from simulators.measures import mean_absolute_error, relative_error, spectrum_error
 from tasks.couple import corrector_after
-from tasks.loop_problem import Setting
+from tasks.loop_problem import Setting, lowest_reynolds, reference_images
 from tasks.records import Cases, Corrected, RolledOut
 from tasks.solver import open_solver
 from tasks.stage import Stage, Tracking, perform, stage_task
@@ -30,7 +29,7 @@ def roll_out(tracking: Tracking, loop: SolverLoop, cases: Cases, corrected: Corr
         "cases": cases.digest,
         "corrector": loop.corrector if corrected.weights else None,
         "weights": corrected.weights_digest,
-        "reynolds": min(*loop.cases.train, *loop.cases.test),
+        "reynolds": lowest_reynolds(loop) if loop.simulator.kind == "wake" else None,
         "frames": loop.rollout.frames,
         "threads": loop.training.threads,
     }
@@ -73,11 +72,6 @@ def _roll_out(stage: Stage, loop: SolverLoop, cases: Cases, corrected: Corrected
         steps_per_second=speed,
         seconds=time.perf_counter() - started,
     )
-
-
-def reference_images(coupling: methods.Coupling, cases: list[Case], frames: int) -> Tensor:
-    """[T, N, C, …]: what a roll-out is compared with, from the second frame on."""
-    return torch.stack([coupling.image(case.frames)[1 : frames + 1] for case in cases], 1)
 
 
 def errors_of(images: Tensor, reference: Tensor) -> dict[str, Tensor]:

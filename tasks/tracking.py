@@ -65,7 +65,11 @@ _STEP_METRICS = {
     "crashed": ("simulator/crashed", 1.0),
     "restarts": ("simulator/restarts", 1.0),
 }
-_EVALUATION_METRICS = {"test_accuracy": ("test/accuracy", 1.0), "test_loss": ("test/loss", 1.0)}
+_EVALUATION_METRICS = {
+    "test_accuracy": ("test/accuracy", 1.0),
+    "test_loss": ("test/loss", 1.0),
+    "validation_mae": ("validation/mae", 1.0),
+}
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
