@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepzero_core.perturb.changes import Change, take
+from deepzero_core.perturb.changes import Block, Change, take
 from deepzero_core.perturb.rewriting.head import linear_cross_entropy
 from deepzero_core.perturb.rules.parts import change_of_part
 from deepzero_core.perturb.rules.registry import Call, Result, only_change, only_one_hot, rule, within
@@ -62,7 +62,7 @@ def _one_feature(call: Call) -> tuple[Tensor, Tensor] | None:
     if change is None or change.block is None or change.block.dim != 1 or change.width != 1:
         return None
     moved, block = change.delta.squeeze(2), change.block
-    largest = take(call.once("largest", lambda: weight.abs().amax(1)), type(block)(0, block.start), 1)
+    largest = take(call.once("largest", lambda: weight.abs().amax(1)), Block(0, block.start), 1)
     known = _ALL_DIGITS if moved.dtype == torch.float64 else TERMS
     terms = next((terms for radius, terms in known.items() if within(moved * largest, radius)), None)
     if terms is None:
