@@ -222,6 +222,12 @@ class DistributedCGE:
     def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
         return queries(count(resolve(module, coordinates)), self.problem.difference)
 
+    def prepared(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> Evaluator:
+        """As `CGESource.prepared`."""
+        if self._evaluator is None:
+            self._evaluator = prepare(module, inputs, targets, F.cross_entropy)
+        return self._evaluator
+
     def estimate(self, module: nn.Module, batch: Batch, coordinates: Coordinates | None) -> GradientEstimate:
         """As `deepzero_core.cge`.
 
@@ -231,8 +237,7 @@ class DistributedCGE:
         parameters, buffers = state_of(module)
         seed = torch.initial_seed()
         state = StepState(uuid4().hex, batch.epoch, batch.index, _arrays(parameters), _arrays(buffers), seed)
-        if self._evaluator is None:
-            self._evaluator = prepare(module, batch.inputs, batch.targets, F.cross_entropy)
+        self.prepared(module, batch.inputs, batch.targets)
         chosen = resolve(module, coordinates)
         cut = self._cut_for(coordinates, chosen, lambda e: e.base(parameters, buffers, batch.inputs, batch.targets))
         parts, (unperturbed, *results) = self._answers(self._tasks(state, cut), cut)
@@ -257,7 +262,7 @@ class DistributedCGE:
         ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
         held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
         shares = [sum(costs[i] for i in group) for group in groups]
-        done = work(evaluator, base, chosen, self.problem.difference)
+        done = work(evaluator, base, chosen, self.problem.difference, self.problem.memory)
         self._cut = _Cut(coordinates, workers, ranges, shares, held, done)
         return self._cut
 
