@@ -77,7 +77,7 @@ def _slow_down(client: Client) -> None:
 
         forward.slope = slower
 
-    workers: Sequence[str] = list(client.scheduler_info(n_workers=-1)["workers"])
+    workers: Sequence[str] = list(client.nthreads())
     client.run(slow, SLOWER, workers=[workers[0]])
 
 

@@ -108,7 +108,7 @@ class LoopTrainingConfig(Section):
     curriculum: tuple[UnrollStage, ...] = ()
     """Shorter loops to begin with; `unroll` is for what is left of the steps."""
     queries: Count = 1024
-    """Evaluations of the loss that every zeroth-order method may spend per step, the same for all."""
+    """Evaluations of the loss that every zeroth-order method spends per step, the same for all."""
     optimizer: OptimizerConfig = OptimizerConfig(name="Adam", lr=1e-4)
     """What makes a step of a gradient."""
     schedule: ScheduleConfig = ScheduleConfig(warmup_epochs=0)
@@ -156,7 +156,7 @@ class SolverLoop(Section):
     rollout: RollOutConfig = RollOutConfig()
     """How far the trained correctors are tried."""
     cluster: ClusterConfig = ClusterConfig(workers=0)
-    """Workers that reference runs are shared out to."""
+    """Workers that reference runs are shared out to, and the steps of your own program or function."""
 
     @property
     def methods(self) -> tuple[LoopMethod, ...]:

@@ -242,6 +242,15 @@ def doctor(
     raise typer.Exit(examination.report(examination.examine(), as_json=as_json))
 
 
+@app.command()
+@_reported
+def deliver() -> None:
+    """Tell MLflow what earlier runs could not tell it because it was away; the next run does the same at its start."""
+    from tasks.waiting import deliver_on_demand
+
+    print(deliver_on_demand())
+
+
 for _command in (stack_commands.up, stack_commands.status, stack_commands.logs, stack_commands.down):
     app.command()(_reported(_command))
 

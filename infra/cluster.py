@@ -122,5 +122,5 @@ def _wait(client: Client, workers: int, timeout_s: float) -> None:
     try:
         client.wait_for_workers(workers, timeout=timeout_s)
     except TimeoutError as error:
-        present = len(client.scheduler_info(n_workers=-1)["workers"])
+        present = len(client.nthreads())
         raise WorkError(f"{present} of {workers} Dask workers came within {timeout_s:g} s") from error

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from deepzero_core import GradientEstimate
 from deepzero_core.data import BatchSource
-from deepzero_core.errors import WorkError
+from deepzero_core.errors import LostError
 from deepzero_core.estimators.cge import queries, slope, work
 from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
 from deepzero_core.perturb.coordinates import count, resolve, scatter
@@ -209,7 +209,8 @@ class DistributedCGE:
             images = Images.of(self.problem, self._shipment)
         self.client.register_plugin(ForwardWorker(self._name, self.problem, images))
         self.client.subscribe_topic("all", self._report)
-        self._workers |= set(self.client.scheduler_info(n_workers=-1)["workers"])
+        # Not `scheduler_info`: the client renews that every two seconds, without workers.
+        self._workers |= set(self.client.nthreads())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -225,7 +226,7 @@ class DistributedCGE:
         """As `deepzero_core.cge`.
 
         Raises:
-            WorkError: no worker answered within the time-out, the scheduler was lost, or a range kills its workers.
+            LostError: no worker answered within the time-out, the scheduler was lost, or a range kills its workers.
         """
         parameters, buffers = state_of(module)
         seed = torch.initial_seed()
@@ -317,13 +318,13 @@ class DistributedCGE:
             results: list[Any] = self.client.gather([future for futures in chosen for future in futures])
             return parts, results
         except KilledWorker as error:
-            raise WorkError(
+            raise LostError(
                 f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and each of them died; "
                 "see to their memory, or take a smaller estimator.memory_mib"
             ) from error
         except (CancelledError, OSError) as error:
             address = self.client.scheduler.address
-            raise WorkError(f"the Dask scheduler at {address} was lost in the middle of a step") from error
+            raise LostError(f"the Dask scheduler at {address} was lost in the middle of a step") from error
         finally:
             open_still = [future for future in answers.futures() if not future.done()]
             if open_still and self.client.status == "running":

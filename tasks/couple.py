@@ -19,9 +19,10 @@ from simulators.methods.batches import Curriculum, Pairs, Shuffled, training_win
 from simulators.protocol import Simulator, Statistics
 from tasks.history import read
 from tasks.loop import Loop
-from tasks.loop_problem import Setting, open_simulator
+from tasks.loop_problem import Setting
 from tasks.records import Cases, Corrected, Shares
 from tasks.shares import shares_of
+from tasks.solver import open_solver
 from tasks.stage import Stage, Tracking, perform, stage_task
 from tasks.train import digest
 
@@ -79,7 +80,7 @@ def share_out_corrector(
 def _share_out(stage: Stage, loop: SolverLoop, cases: Cases, seed: int, before: Corrected | None) -> Shares:
     torch.set_num_threads(loop.training.threads)
     started, pruning = time.perf_counter(), loop.pruning
-    with open_simulator(loop) as simulator:
+    with open_solver(loop) as simulator:
         setting = Setting(loop, cases, simulator)
         corrector = corrector_after(setting, seed, before)
         scores, queries = {}, 0
@@ -178,7 +179,7 @@ def _train(
 ) -> Corrected:
     torch.set_num_threads(loop.training.threads)
     training = loop.training
-    with open_simulator(loop) as simulator:
+    with open_solver(loop, method) as simulator:
         setting = Setting(loop, cases, simulator)
         module = corrector_after(setting, seed, before)
         batches: Shuffled

@@ -61,7 +61,7 @@ def _shared_out(loop: SolverLoop, numbers: Sequence[float], progress: Progress) 
     """Each worker gets its part at once: cases that are computed together cost less."""
     cluster = loop.cluster
     with open_cluster(cluster, mentions=loop.model_dump(mode="json")) as client:
-        workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+        workers = max(1, len(client.nthreads()))
         each = -(-len(numbers) // workers)
         parts = [numbers[start : start + each] for start in range(0, len(numbers), each)]
         futures = [client.submit(reference_cases_on_one_thread, loop, part, pure=False) for part in parts]

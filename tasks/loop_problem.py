@@ -1,6 +1,6 @@
 """From the configuration of a solver in the loop to simulators, couplings and correctors."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,9 @@ from deepzero_core.models.custom import call, seeded
 from simulators import burgers, methods, wake
 from simulators.case_store import CaseStore
 from simulators.cases import Case, burgers_cases, wake_cases
-from simulators.external import ExternalProgram
-from simulators.function import FunctionSimulator
 from simulators.grid import Grid
 from simulators.methods.packing import required
+from simulators.own import own_simulator
 from simulators.protocol import Simulator
 from tasks.records import Cases
 
@@ -42,25 +41,11 @@ def open_simulator(loop: SolverLoop) -> Iterator[Simulator]:
     if config.kind == "wake":
         yield wake.Wake(source_grid(config), lowest_reynolds=min(*loop.cases.train, *loop.cases.test))
         return
-    settings: dict[str, Any] = dict(config.settings)
-    for key in ("state_shapes", "param_shapes"):
-        settings[key] = {name: tuple(shape) for name, shape in settings.get(key, {}).items()}
-    if config.kind == "function":
-        settings["function"] = resolve(str(settings["function"]), what="simulator")
-        yield _built(FunctionSimulator, settings)
-        return
-    program = _built(ExternalProgram, settings)
+    own = own_simulator(config.kind, config.settings)
     try:
-        yield program
+        yield own
     finally:
-        program.close()
-
-
-def _built(kind: Any, settings: Mapping[str, Any]) -> Any:
-    try:
-        return kind(**settings)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"simulator.settings do not fit: {reason(error)}") from error
+        own.close()
 
 
 def reference_cases(loop: SolverLoop, numbers: Sequence[float]) -> list[Case]:

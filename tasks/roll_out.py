@@ -15,8 +15,9 @@ from simulators import methods
 from simulators.cases import Case
 from simulators.measures import mean_absolute_error, relative_error, spectrum_error
 from tasks.couple import corrector_after
-from tasks.loop_problem import Setting, open_simulator
+from tasks.loop_problem import Setting
 from tasks.records import Cases, Corrected, RolledOut
+from tasks.solver import open_solver
 from tasks.stage import Stage, Tracking, perform, stage_task
 
 MEASURES = ("mae", "relative_error", "spectrum_error")
@@ -43,7 +44,7 @@ def _roll_out(stage: Stage, loop: SolverLoop, cases: Cases, corrected: Corrected
     torch.set_num_threads(loop.training.threads)
     started = time.perf_counter()
     frames = loop.rollout.frames
-    with open_simulator(loop) as simulator:
+    with open_solver(loop) as simulator:
         setting = Setting(loop, cases, simulator)
         corrector = None if corrected.weights is None else corrector_after(setting, corrected.seed, corrected).eval()
         images = methods.roll_out(simulator, setting.coupling, corrector, setting.test, frames)

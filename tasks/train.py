@@ -74,7 +74,7 @@ def _train(stage: Stage, experiment: Experiment, prepared: Prepared, pruned: Pru
     problem = problem_of(experiment, prepared)
     module, batches = problem.build_module(), problem.build_batches()
     with _source(experiment, problem, method) as source:
-        trainer = Trainer(module, batches, source, _settings(experiment, batches, pruned, method))
+        trainer = Trainer(module, batches, source, settings_of(experiment, batches, pruned, method))
         loop = Loop(stage, trainer, experiment.training.checkpoint_every)
         _log_masks(stage, trainer)
         yardstick = Yardstick.of(experiment)
@@ -156,7 +156,7 @@ def _log_masks(stage: Stage, trainer: Trainer) -> None:
         stage.run.artifact(path, "masks")
 
 
-def _settings(experiment: Experiment, batches: BatchSource, pruned: Pruned, method: str) -> TrainingSettings:
+def settings_of(experiment: Experiment, batches: BatchSource, pruned: Pruned, method: str) -> TrainingSettings:
     training = experiment.training
     per_epoch = batches.steps_per_epoch
     steps = training_steps(experiment, batches)

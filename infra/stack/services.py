@@ -36,7 +36,7 @@ class Service:
 
     name: str
     needs: str | None = None
-    stop_s: int = 10
+    stop_s: int = 20
     runs_on: bool = False
     at_once: bool = True
 

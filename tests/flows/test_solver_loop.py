@@ -160,7 +160,9 @@ rollout: {frames: 25}
 """
 
 
-def test_a_program_that_crashes_once_trains_a_corrector(new_home: Callable[[str], Any], tmp_path: Path) -> None:
+@pytest.fixture
+def own_program(new_home: Callable[[str], Any], tmp_path: Path) -> tuple[Any, Path, Path]:
+    """A home where one's own program, cases and corrector are, the configuration, and what a crash leaves behind."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("there is no C compiler")
@@ -172,6 +174,11 @@ def test_a_program_that_crashes_once_trains_a_corrector(new_home: Callable[[str]
     config.write_text(EXTERNAL.replace("PROGRAM", str(program)).replace("SEEN", str(seen)))
     home = new_home("external")
     home.environment["PYTHONPATH"] = str(tmp_path)
+    return home, config, seen
+
+
+def test_a_program_that_crashes_once_trains_a_corrector(own_program: tuple[Any, Path, Path]) -> None:
+    home, config, seen = own_program
     completed = home.done("run", "solver-loop", "--config", str(config))
     assert seen.exists(), "the program has crashed, on purpose, at its 40th question"
     (file,) = (home.path / "reports").glob("*/result.json")
@@ -182,3 +189,29 @@ def test_a_program_that_crashes_once_trains_a_corrector(new_home: Callable[[str]
     assert found["sol-zo"]["mae"][0] < found["src"]["mae"][0]
     assert found["sol-zo-split"]["mae"][0] < found["src"]["mae"][0]
     assert found["src"]["spectrum_error"] is None
+
+
+def test_on_two_workers_a_program_makes_the_same_bits(
+    own_program: tuple[Any, Path, Path], new_home: Callable[[str], Any]
+) -> None:
+    """Training and roll-out; on the workers the program crashes once in each training, as it does here."""
+    home, config, seen = own_program
+    other = new_home("external-workers")
+    other.environment |= home.environment
+    methods = {}
+    for workers, place in ((0, home), (2, other)):
+        seen.unlink(missing_ok=True)
+        few = ["training.steps=3", "training.queries=17", "baselines=[src]", f"cluster.workers={workers}"]
+        place.done("run", "solver-loop", "--config", str(config), *(part for one in few for part in ("--set", one)))
+        assert seen.exists()
+        (file,) = (place.path / "reports").glob("*/result.json")
+        methods[workers] = {method["method"]: method for method in json.loads(file.read_text())["methods"]}
+    alone, shared = (methods[workers]["sol-zo"] for workers in (0, 2))
+    for key in ("mae", "mae_by_case", "queries", "solver_steps", "diverged", "crashed"):
+        assert alone[key] == shared[key], key
+    assert methods[0]["src"]["mae_by_case"] == methods[2]["src"]["mae_by_case"]
+    # Two workers may come to their fortieth questions at the same moment.
+    assert alone["restarts"] == [1] and shared["restarts"] in ([1], [2])
+    weights = [next(place.path.glob("stages/couple/*/weights.pt")) for place in (home, other)]
+    one, two = (torch.load(path, weights_only=True) for path in weights)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())

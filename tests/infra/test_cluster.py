@@ -43,9 +43,8 @@ def ended(processes: list[psutil.Process]) -> bool:
 def test_local_workers_come_and_go_with_the_block() -> None:
     before = set(psutil.Process().children(recursive=True))
     with connect(2, None, 60) as client:
-        info = client.scheduler_info(n_workers=-1)
-        assert info["address"].startswith("tcp://127.0.0.1:"), "nobody else on the network reaches it"
-        assert [worker["nthreads"] for worker in info["workers"].values()] == [1, 1]
+        assert client.scheduler.address.startswith("tcp://127.0.0.1:"), "nobody else on the network reaches it"
+        assert list(client.nthreads().values()) == [1, 1]
         started = [psutil.Process(pid) for pid in client.run(os.getpid).values()]
         for process in started:  # as a signal to the whole process group does, which is for the run to answer
             process.terminate()

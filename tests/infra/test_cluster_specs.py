@@ -222,8 +222,7 @@ def test_jobs_are_submitted_used_and_cancelled(slurm: Callable[..., None], tmp_p
     jobs, options = tmp_path / "jobs", {"interface": "lo", "scratch": str(tmp_path / "scratch")}
     try:
         with open_cluster(ClusterConfig(workers=2, spec="slurm", options=options, timeout_s=60)) as client:
-            info = client.scheduler_info(n_workers=-1)["workers"].values()
-            assert [worker["nthreads"] for worker in info] == [1, 1]
+            assert list(client.nthreads().values()) == [1, 1]
             assert set(client.run(lambda: __import__("os").environ["OMP_NUM_THREADS"]).values()) == {"1"}
             processes = [psutil.Process(pid) for pid in client.run(os.getpid).values()]
         assert len(jobs.read_text().split()) == 2

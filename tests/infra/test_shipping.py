@@ -33,7 +33,7 @@ def arrivals(client: Client, parcel: Parcel) -> list[tuple[str, bytes]]:
         path = received(parcel)
         return str(path), path.read_bytes()
 
-    workers = list(client.scheduler_info(n_workers=-1)["workers"])
+    workers = list(client.nthreads())
     futures = [client.submit(arrive, parcel, workers=[worker], pure=False) for worker in workers]
     return [future.result(timeout=60) for future in futures]
 
@@ -153,7 +153,7 @@ def test_own_code_is_on_workers_within_the_block_and_as_it_is_now(client: Client
 
             return int(ownnet.nets.small())
 
-        workers = list(client.scheduler_info(n_workers=-1)["workers"])
+        workers = list(client.nthreads())
         futures = [client.submit(small, workers=[worker], pure=False) for worker in workers]
         return {future.result(timeout=60) for future in futures}
 

@@ -65,7 +65,7 @@ class Steps:
 
 
 def workers_of(client: Client) -> list[str]:
-    return list(client.scheduler_info(n_workers=-1)["workers"])
+    return list(client.nthreads())
 
 
 def hold(gate: str) -> None:

@@ -61,7 +61,7 @@ def main(address: str, store: str, scratch: str) -> None:
             }
 
         (facts,) = client.run(sees, [store, scratch, str(weights), "/ownnet"]).values()
-        addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+        addresses = list(client.nthreads())
     tables = [path.read_bytes() for path in (there, table)]
     print(json.dumps({"same": same, "tables": tables[0] == tables[1], "workers": addresses} | facts))
 
