@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from deepzero_core.errors import DeepZeroError, RequestError, WorkError
+from infra.hidden import hidden
 from infra.home import home, mlflow_artifacts, mlflow_database
 from infra.stack.state import joined
 from tasks import gate
@@ -132,7 +133,7 @@ def artifact_url(run_id: str, path: str) -> str | None:
 
 def one_line(error: BaseException) -> str:
     """The error as the one line that fits into a tag or a message."""
-    text = " ".join(str(error).split())
+    text = hidden(" ".join(str(error).split()))
     if isinstance(error, DeepZeroError) and text:
         return text[:500]
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__

@@ -20,6 +20,7 @@ import torch
 from scoring import Handler, Server, listening
 
 from benchmarks.faults.processes import Home, copied, mlflow_server, new_template, prefect_server
+from infra.hidden import hidden
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -176,6 +177,31 @@ def test_a_password_in_an_address_that_does_not_open_is_not_shown(
     with pytest.raises(RequestError) as caught:
         initialise("secret")
     assert leaks(str(caught.value).encode()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("API request to http://me:pa%20ss@host:5000/api failed", "API request to http://me:…@host:5000/api failed"),
+        (
+            "postgresql+psycopg2://u:p/w#1@db/mlflow, and https://a:b@c",
+            "postgresql+psycopg2://u:…@db/mlflow, and https://a:…@c",
+        ),
+        ("http://127.0.0.1:5000/a, me@host:22", "http://127.0.0.1:5000/a, me@host:22"),
+        ("nothing to hide: 1 @ 2", "nothing to hide: 1 @ 2"),
+    ],
+)
+def test_passwords_in_addresses_are_hidden(text: str, expected: str) -> None:
+    assert hidden(text) == expected
+
+
+def test_errors_of_other_libraries_are_told_without_the_password() -> None:
+    from mlflow.exceptions import MlflowException
+
+    from tasks.tracking_store import one_line
+
+    error = MlflowException(f"API request to http://somebody:{quote(MLFLOW, safe='')}@127.0.0.1:9/api failed")
+    assert leaks(one_line(error).encode()) == []
 
 
 def _status(url: str, auth: str, *, post: bool = False) -> int:
