@@ -15,9 +15,7 @@ def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, pred
     Raises:
         RequestError: the simulator or the network of the experiment is not what it says.
     """
-    from tasks.loop_prediction import training_seconds
     from tasks.loop_problem import blank_features, corrector_of, open_simulator
-    from tasks.report import duration
 
     training, cases = experiment.training, experiment.cases
     with open_simulator(experiment) as simulator:
@@ -47,10 +45,16 @@ def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, pred
         "roll-out": f"{experiment.rollout.frames:,} steps of every test case",
         "workers": described(experiment.cluster),
     }
-    if predict and (seconds := training_seconds(experiment)):
+    if predict:
+        # Imports Prefect, which reads its settings then: a run has yet to make them.
+        from tasks.loop_prediction import training_seconds
+        from tasks.report import duration
+
+        seconds = training_seconds(experiment)
         each = ", ".join(f"{method} {duration(value)}" for method, value in seconds.items())
         total = len(experiment.seeds) * sum(seconds.values())
-        rows["time"] = f"about {each} per training, {duration(total)} in all, on this machine with nothing beside"
+        if each:
+            rows["time"] = f"about {each} per training, {duration(total)} in all, on this machine with nothing beside"
     table = Table(show_header=False, box=None, title=f"{experiment.name}: what would be done", title_justify="left")
     for label, text in rows.items():
         table.add_row(f"[bold]{label}", text)
