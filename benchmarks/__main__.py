@@ -1,29 +1,55 @@
 """`python -m benchmarks`: the engine against its baselines, timed in the same run; `accuracy`: against the derivative;
 `memory`: what an estimate needs beside a forward pass; `certification`: randomised smoothing against a plain loop;
-`simulators`: advanced together beside PhiFlow's own step, and their physics; `scaling`: a step on 1 to 1,024 workers,
-simulated from measured costs; `slow-worker`: a step on workers of which one is ten times slower.
+`simulators`: advanced together beside PhiFlow's own step, and their physics; `faults`: runs that have things killed
+around them, and what was lost; `orchestration`: what Prefect, MLflow and Dask cost beside the bare loop; `soak`: an
+hour of training with flat memory; `load`: 100,000 metrics in one run, fifty runs in a queue; `scaling`: a step on 1 to
+1,024 workers, simulated from measured costs; `slow-worker`: a step on workers of which one is ten times slower;
+`fan-out`: a slow program on one worker and on two.
 
 python -m benchmarks --case cnn5 --case vit --threads 2 --repeats 3 --precision float32,bfloat16
 python -m benchmarks accuracy --plot docs/images/accuracy.png
 python -m benchmarks memory --case dncnn17
 python -m benchmarks certification --case digits --threads 1
 python -m benchmarks simulators --case wake --case cole-hopf
+python -m benchmarks faults --case mlflow --repeats 10
+python -m benchmarks orchestration --steps 500
+python -m benchmarks soak --minutes 60 --plot docs/images/soak.png
+python -m benchmarks load --case metrics
 python -m benchmarks scaling --case demo --case cnn5 --network 1.25e9
 python -m benchmarks slow-worker --repeats 5
+python -m benchmarks fan-out --case computing
 """
 
 import argparse
 import dataclasses
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from benchmarks import accuracy, certification, memory, physics, plot, scaling, simulators, slow_worker
+from benchmarks import (
+    accuracy,
+    certification,
+    fan_out,
+    load,
+    memory,
+    orchestration,
+    physics,
+    plot,
+    scaling,
+    simulators,
+    slow_worker,
+    soak,
+)
 from benchmarks.cases import CASES
+from benchmarks.faults import table as faults
+from benchmarks.faults.cases import CASES as FAULTS
 from benchmarks.machine import machine
 from benchmarks.measure import Options, measure
 from benchmarks.results import Row, save
@@ -31,6 +57,7 @@ from benchmarks.table import show
 from benchmarks.workers import measure_workers
 from deepzero_core.errors import DeepZeroError, RequestError, WorkError, suggest
 from deepzero_core.perturb.estimate import PRECISIONS
+from infra.orchestration import configure
 from tasks.environment import version
 
 WORKERS = "workers"
@@ -112,6 +139,69 @@ def _simulators(options: argparse.Namespace) -> None:
         raise WorkError(f"the simulators are not what they should be: {'; '.join(wrong)}")
 
 
+def _faults(options: argparse.Namespace) -> None:
+    cases = _known(options.case or list(FAULTS), list(FAULTS), "case")
+    _set_up(options)
+    report = _Report()
+    facts = machine(options.threads, torch.device("cpu"))
+    rows = faults.measure(cases, options.repeats, report)
+    save(options.json, {"machine": facts, "faults": faults.documents(rows)})
+    print(faults.markdown(rows))
+    if lost := [row.case for row in rows if row.lost]:
+        raise WorkError(f"something was lost, or was not as it should be: {', '.join(lost)}")
+
+
+def _orchestration(options: argparse.Namespace) -> None:
+    _set_up(options)
+    with _own_home():
+        facts = machine(1, torch.device("cpu"))
+        cost = orchestration.measure(options.steps, _Report())
+    save(options.json, {"machine": facts, "orchestration": orchestration.document(cost)})
+    orchestration.show(cost)
+    if not cost.same_bits:
+        raise WorkError("the two ways of training do not end with the same bits")
+    if not cost.holds:
+        raise WorkError(f"orchestration costs {cost.processor_share:.1%}, more than {orchestration.BAR:.0%}")
+
+
+def _soak(options: argparse.Namespace) -> None:
+    _set_up(options)
+    with _own_home():
+        facts = machine(1, torch.device("cpu"))
+        found = soak.measure(options.minutes, _Report())
+    save(options.json, {"machine": facts, "soak": soak.document(found)})
+    soak.show(found)
+    if options.plot:
+        soak.draw(found, options.plot)
+    if not found.flat:
+        raise WorkError(f"memory grows: {', '.join(f'{name} {share:+.1%}' for name, share in found.growth.items())}")
+
+
+def _load(options: argparse.Namespace) -> None:
+    cases = _known(options.case or ["metrics", "queue"], ["metrics", "queue"], "case")
+    _set_up(options)
+    report = _Report()
+    with _own_home():
+        facts = machine(1, torch.device("cpu"))
+        rows = [load.metrics() if case == "metrics" else load.queue(50, 4, report) for case in cases]
+    save(options.json, {"machine": facts, "load": [dataclasses.asdict(row) for row in rows]})
+    for row in rows:
+        print(f"{row.what}: {row.seconds:.1f} s, lost: {row.lost or 'nothing'}")
+    if lost := [row.what for row in rows if row.lost]:
+        raise WorkError(f"something was lost: {'; '.join(lost)}")
+
+
+@contextmanager
+def _own_home() -> Iterator[None]:
+    """State folders for one benchmark: what is measured is not what lies in the user's."""
+    with tempfile.TemporaryDirectory(prefix="deepzero-benchmark-", ignore_cleanup_errors=True) as folder:
+        os.environ |= {"DEEPZERO_HOME": f"{folder}/home", "PREFECT_HOME": f"{folder}/prefect"}
+        for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "MLFLOW_TRACKING_URI"):
+            os.environ.pop(name, None)
+        configure()
+        yield
+
+
 def _scaling(options: argparse.Namespace) -> None:
     cases = _known(options.case or list(scaling.CASES), list(scaling.CASES), "case")
     _set_up(options)
@@ -133,14 +223,30 @@ def _slow_worker(options: argparse.Namespace) -> None:
     slow_worker.show(found)
 
 
+def _fan_out(options: argparse.Namespace) -> None:
+    cases = _known(options.case or list(fan_out.CASES), list(fan_out.CASES), "case")
+    _set_up(options)
+    facts, report = machine(options.threads, torch.device("cpu")), _Report()
+    report(f"load {facts['load']} before the start: whatever else runs on this machine is timed too")
+    found = fan_out.measure(cases, options.repeats, report)
+    rows = [dataclasses.asdict(shared) | {"ratios": shared.ratios} for shared in found]
+    save(options.json, {"machine": facts, "fan-out": rows})
+    fan_out.show(found)
+
+
 _WHAT = {
     "speed": _speed,
     "accuracy": _accuracy,
     "memory": _memory,
     "certification": _certification,
     "simulators": _simulators,
+    "faults": _faults,
+    "orchestration": _orchestration,
+    "soak": _soak,
+    "load": _load,
     "scaling": _scaling,
     "slow-worker": _slow_worker,
+    "fan-out": _fan_out,
 }
 
 
@@ -163,13 +269,17 @@ def _parser() -> argparse.ArgumentParser:
         "--case",
         action="append",
         help=f"one of {', '.join([*CASES, WORKERS])}; certification: {', '.join(certification.CASES)}; simulators: "
-        f"{', '.join([*simulators.CASES, *physics.CASES])}; scaling: {', '.join(scaling.CASES)}; may be repeated; all",
+        f"{', '.join([*simulators.CASES, *physics.CASES])}; scaling: {', '.join(scaling.CASES)}; "
+        f"fan-out: {', '.join(fan_out.CASES)}; faults: {', '.join(FAULTS)}; load: metrics, queue; "
+        "may be repeated; all",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every contender; medians are shown")
     parser.add_argument(
         "--precision", help=f"of {', '.join(PRECISIONS)}, with commas; float32, for accuracy all of them"
     )
+    parser.add_argument("--steps", type=int, default=500, help="orchestration only: steps of each way")
+    parser.add_argument("--minutes", type=float, default=60.0, help="soak only: how long")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--json",
@@ -179,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--network", type=float, default=scaling.NETWORK, help="scaling only: bytes per second between two machines"
     )
-    parser.add_argument("--plot", type=Path, help="accuracy only: where the picture goes")
+    parser.add_argument("--plot", type=Path, help="accuracy, soak: where the picture goes")
     return parser
 
 

@@ -54,7 +54,9 @@ class VictimConfig(Section):
     budget: Count | None = None
     """The most images that your own classifier may be asked about, training and certification together."""
     images_per_second: Positive | None = None
-    """How fast your own classifier may be asked."""
+    """How fast your own classifier may be asked, by all workers together."""
+    calls_per_second: Positive | None = None
+    """The same of questions, of up to `batch_size` images each."""
     price_per_thousand: Positive | None = None
     """What 1,000 images cost, for the report."""
 
@@ -90,7 +92,7 @@ class DefenceTrainingConfig(Section):
     method: DefenceMethod = "deepzero"
     """How the denoiser learns what the classifier needs; none: no denoiser."""
     queries: Count = 1152
-    """Evaluations of the loss on the batch that every zeroth-order method may spend per step, the same for all."""
+    """Evaluations of the loss on the batch that every zeroth-order method spends per step, the same for all."""
     steps: Count = 500
     """Training steps."""
     optimizer: OptimizerConfig = OptimizerConfig(name="Adam", lr=1e-3)

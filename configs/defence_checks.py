@@ -1,8 +1,9 @@
 """Combinations of a defence that cannot run; see `configs.checks`."""
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from configs.checks import Problem, certification, cluster, comparison, data_set, network
 from configs.clusters import FILES
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from configs.defence import Defence
 
 DENOISERS = ("autoencoder", "dncnn", "unet")
-_OWN_ONLY = ("settings", "batch_size", "cache", "budget", "images_per_second", "price_per_thousand")
+_OWN_ONLY = ("settings", "batch_size", "cache", "budget", "images_per_second", "calls_per_second", "price_per_thousand")
 
 
 def _victim(defence: "Defence") -> Iterator[Problem]:
@@ -33,17 +34,48 @@ def _victim(defence: "Defence") -> Iterator[Problem]:
         if key not in (needed, *optional):
             where = f"it is victim.{_HERE[key]}" if key in _HERE else suggest(key, (needed, *optional))
             yield f"victim.settings.{key}", f"a classifier of kind {victim.kind!r} has no such setting; {where}"
-    if "@" in urlsplit(str(victim.settings.get("url", ""))).netloc:
+    address = _address(victim.settings)
+    if address is not None and "@" in address.netloc:
         yield "victim.settings.url", "a password does not belong into an address: name token_env or token_file"
+    yield from _secrets(victim.settings)
     if needed not in victim.settings:
         yield f"victim.settings.{needed}", f"a classifier of kind {victim.kind!r} needs it"
 
+
+def _secrets(settings: Mapping[str, Any]) -> Iterator[Problem]:
+    """Settings are shown: in the resolved configuration, in MLflow and in Prefect. A secret is only named there."""
+    headers = settings.get("headers")
+    address = _address(settings)
+    named = {
+        "url": [] if address is None else [key for key, _ in parse_qsl(address.query, keep_blank_values=True)],
+        "headers": list(headers) if isinstance(headers, dict) else [],
+    }
+    for where, names in named.items():
+        for name in names:
+            if _SECRET.search(str(name)):
+                yield (
+                    f"victim.settings.{where}",
+                    f"{name!r} looks like a secret, and settings are shown in MLflow and Prefect: "
+                    "name token_env or token_file, and token_header where it is not Authorization",
+                )
+
+
+def _address(settings: Mapping[str, Any]) -> SplitResult | None:
+    """None where it cannot be read; the adapter says so."""
+    try:
+        return urlsplit(str(settings.get("url", "")))
+    except ValueError:
+        return None
+
+
+_SECRET = re.compile(r"key|token|secret|passw|auth|signature|credential|cookie|^sig$", re.IGNORECASE)
 
 _HERE = {
     "answers": "answers",
     "batch_size": "batch_size",
     "budget": "budget",
     "examples_per_second": "images_per_second",
+    "calls_per_second": "calls_per_second",
     "price_per_thousand": "price_per_thousand",
 }
 """Settings of the adapters that have a key of their own, and that key."""

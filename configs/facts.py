@@ -44,6 +44,7 @@ _SERVER = (
     "connect_timeout",
     "patience",
     "max_answer_bytes",
+    "concurrency",
     "name",
     "version",
 )

@@ -28,6 +28,10 @@ class Override:
         """What a message begins with."""
         return f"{self.option} {shown(self.text, quote=False)}"
 
+    def where_of(self, key: tuple[str, ...]) -> str:
+        """`where` of a mistake at this key: what is said to a service, which may be a secret, is left out."""
+        return f"{self.option} {self.text.partition('=')[0]}=…" if "settings" in key else self.where
+
     def concerns(self, key: tuple[str, ...]) -> bool:
         shared = min(len(key), len(self.path))
         return key[:shared] == self.path[:shared]
@@ -40,7 +44,7 @@ def sentences(
         path = tuple(str(part) for part in found["loc"])
         # The last override that touches the key is the one to look at.
         blamed = next((o for o in reversed(overrides) if o.concerns(path)), None)
-        where = blamed.where if blamed else origin
+        where = blamed.where_of(path) if blamed else origin
         yield f"{where}: {_reason(schema, path, found)}"
 
 

@@ -57,7 +57,9 @@ class CasesConfig(Section):
     train: Annotated[tuple[Annotated[Real, Field(ge=0)], ...], Field(min_length=1)] = tuple(range(10))
     """Seeds of burgers and of your own cases, Reynolds numbers of the wake."""
     test: Annotated[tuple[Annotated[Real, Field(ge=0)], ...], Field(min_length=1)] = tuple(range(100, 105))
-    """What the trained correctors are tried on."""
+    """What the trained correctors are tried on, once."""
+    validation: tuple[Annotated[Real, Field(ge=0)], ...] = ()
+    """What settings and checkpoints are chosen on; none: every training ends with the corrector of its last step."""
     skip: Natural = 30
     """First frames of a reference run that are left out."""
     frames: Count = 200
@@ -108,7 +110,7 @@ class LoopTrainingConfig(Section):
     curriculum: tuple[UnrollStage, ...] = ()
     """Shorter loops to begin with; `unroll` is for what is left of the steps."""
     queries: Count = 1024
-    """Evaluations of the loss that every zeroth-order method may spend per step, the same for all."""
+    """Evaluations of the loss that every zeroth-order method spends per step, the same for all."""
     optimizer: OptimizerConfig = OptimizerConfig(name="Adam", lr=1e-4)
     """What makes a step of a gradient."""
     schedule: ScheduleConfig = ScheduleConfig(warmup_epochs=0)
@@ -119,6 +121,8 @@ class LoopTrainingConfig(Section):
     """Smoothing parameters μ: of sol-zo (1e-3) for parameters, of sol-zo-split (1e-2) for the solver's state."""
     penalty: Positive = 10.0
     """Mean squared error, in variances, that a simulation has from its divergence or crash on."""
+    validations: Count = 10
+    """How often in a training the corrector is tried on the validation cases, if there are any; the best is kept."""
     checkpoint_every: Count = 50
     """Steps between checkpoints."""
     threads: Count = 1
@@ -156,7 +160,7 @@ class SolverLoop(Section):
     rollout: RollOutConfig = RollOutConfig()
     """How far the trained correctors are tried."""
     cluster: ClusterConfig = ClusterConfig(workers=0)
-    """Workers that reference runs are shared out to."""
+    """Workers that reference runs are shared out to, and the steps of your own program or function."""
 
     @property
     def methods(self) -> tuple[LoopMethod, ...]:

@@ -1,5 +1,6 @@
 """Combinations of a solver in the loop that cannot run; see `configs.checks`."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from deepzero_core.errors import suggest
 
 if TYPE_CHECKING:
     from configs.solver_loop import SolverLoop
+
+_SPLITS = {"train": "training", "validation": "validation"}
 
 
 def _simulator(loop: "SolverLoop") -> Iterator[Problem]:
@@ -58,16 +61,18 @@ def _shapes(key: str, shapes: object) -> Iterator[Problem]:
 
 def _cases(loop: "SolverLoop") -> Iterator[Problem]:
     cases, kind = loop.cases, loop.simulator.kind
-    for key in ("train", "test"):
+    splits = ("train", "validation", "test")
+    for key in splits:
         numbers = getattr(cases, key)
         if len(set(numbers)) < len(numbers):
             yield f"cases.{key}", "a case stands there twice"
-        if kind == "wake" and min(numbers) < LOWEST_REYNOLDS:
+        if kind == "wake" and min(numbers, default=LOWEST_REYNOLDS) < LOWEST_REYNOLDS:
             yield f"cases.{key}", f"Reynolds numbers of the wake are at least {LOWEST_REYNOLDS}, not {min(numbers):g}"
         if kind != "wake" and any(number != int(number) for number in numbers):
             yield f"cases.{key}", "seeds are whole numbers"
-    if both := sorted(set(cases.train) & set(cases.test)):
-        yield "cases.test", f"{both[0]:g} is a training case, too"
+    for one, other in itertools.combinations(splits, 2):
+        if both := sorted(set(getattr(cases, one)) & set(getattr(cases, other))):
+            yield f"cases.{other}", f"{both[0]:g} is a {_SPLITS[one]} case, too"
     if cases.frames <= loop.longest:
         yield "cases.frames", f"a loop of {loop.longest} steps needs at least {loop.longest + 1} frames"
     if loop.rollout.frames >= cases.frames:

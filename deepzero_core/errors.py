@@ -20,8 +20,12 @@ class WorkError(DeepZeroError):
     """The request was right and the work failed. Exit code 1."""
 
 
-class BlackBoxError(WorkError):
-    """A black box cannot be asked any further. What runs stops where it stands, and can go on from there later."""
+class LostError(WorkError):
+    """Something that the work asks is gone. What runs stops where it stands, and can go on from there later."""
+
+
+class BlackBoxError(LostError):
+    """A black box cannot be asked any further."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

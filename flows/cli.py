@@ -19,6 +19,7 @@ import typer
 from deepzero_core.errors import DeepZeroError, RequestError, suggest
 from flows import stack_commands
 from flows.catalogue import ENTRYPOINTS
+from infra.hidden import hidden
 
 FLOWS = tuple(ENTRYPOINTS)
 
@@ -89,14 +90,14 @@ def _debug() -> bool:
 
 def _summary(error: Exception) -> str:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
+    return f"{type(error).__name__}: {hidden(first)[:300]}" if first else type(error).__name__
 
 
 def _write_log(error: Exception) -> Path:
     """The traceback in a new file below the state folder, or below the temporary folder when that cannot be written."""
     from infra.home import home, logs
 
-    text = "".join(traceback.format_exception(error))
+    text = hidden("".join(traceback.format_exception(error)))
     stem = f"failure-{time.strftime('%Y%m%d-%H%M%S')}-"
     with contextlib.suppress(OSError, RequestError):
         folder = logs(home())
@@ -240,6 +241,15 @@ def doctor(
     from infra import doctor as examination
 
     raise typer.Exit(examination.report(examination.examine(), as_json=as_json))
+
+
+@app.command()
+@_reported
+def deliver() -> None:
+    """Tell MLflow what earlier runs could not tell it because it was away; the next run does the same at its start."""
+    from tasks.waiting import deliver_on_demand
+
+    print(deliver_on_demand())
 
 
 for _command in (stack_commands.up, stack_commands.status, stack_commands.logs, stack_commands.down):

@@ -9,8 +9,8 @@ from deepzero_core.errors import RequestError
 from infra.specs import described
 
 
-def defence_plan(flow_name: str, experiment: Defence, base: Path, *, predict: bool = False) -> Table:
-    """Data, classifier, denoiser and costs. `predict`: for the looks of it; a black box's time nobody can predict.
+def defence_plan(flow_name: str, experiment: Defence, base: Path) -> Table:
+    """Data, classifier, denoiser and costs.
 
     Raises:
         RequestError: the data or a network of the experiment is not what it says; nothing has been asked or created.

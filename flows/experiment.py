@@ -13,6 +13,7 @@ from flows.catalogue import PACKAGES
 from tasks.environment import environment
 from tasks.stage import Tracking
 from tasks.tracking import Run, initialise
+from tasks.waiting import patience_s, settle
 
 _above: ContextVar[str | None] = ContextVar("_above", default=None)
 
@@ -23,14 +24,23 @@ def recorded(flow_name: str, experiment: Section) -> Iterator[Tracking]:
     for package in PACKAGES:
         # Prefect keeps their lines with the run; without a level of their own only warnings would get that far.
         logging.getLogger(package).setLevel(logging.INFO)
-    experiment_id = initialise(experiment.name)
+    patience, experiment_id = patience_s(), initialise(experiment.name)
     flow_run = get_run_context().flow_run
     tags = {"deepzero.flow": flow_name, "deepzero.flow_run": str(flow_run.id), **environment()}
     name, above = f"{flow_name} {flow_run.name}", _above.get()
     params = experiment.model_dump(mode="json")
-    with Run.start(experiment_id, name, parent=above, tags=tags, params=params) as run:
-        run.text(configs.dump(experiment), "config/experiment.yaml")
-        yield Tracking(experiment_id=experiment_id, run_id=run.run_id)
+    stopped = True
+    try:
+        with Run.start(experiment_id, name, parent=above, tags=tags, params=params) as run:
+            run.text(configs.dump(experiment), "config/experiment.yaml")
+            yield Tracking(experiment_id=experiment_id, run_id=run.run_id)
+        stopped = False
+    except Exception:
+        stopped = False
+        raise
+    finally:
+        if not stopped:  # who asks a run to stop does not wait for MLflow
+            settle(patience)
 
 
 @contextmanager

@@ -6,11 +6,10 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from deepzero_core.errors import RequestError, suggest
+from flows.closing_table import closing_tables
 from infra.home import home
 from infra.orchestration import configure
 from infra.orchestration import ui_place as prefect_ui
@@ -150,12 +149,8 @@ def conclude(console: Console, result_file: Path) -> int:
         title, methods, notes = result["title"], result["table"], result["notes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{result_file} is not the result of a run: {error!r}") from error
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for number, column in enumerate(methods["columns"]):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in methods["rows"]:
-        table.add_row(*row)
-    console.print(table)
+    for table in closing_tables(methods["columns"], methods["rows"], console.width, title):
+        console.print(table)
     for note in notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
     places = {

@@ -41,11 +41,13 @@ def execute(
         WorkError: the work failed.
     """
     console = Console()
-    plan = _PLANS[type(experiment)]
+    plan = PLANS[type(experiment)]
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="deepzero-dry-run-") as folder:
             base = home() if _is_prepared(experiment) else Path(folder)
-            console.print(plan(flow_name, experiment, base, predict=True))
+            # The time of somebody's classifier nobody can predict.
+            options = {} if isinstance(experiment, Defence) else {"predict": True}
+            console.print(plan(flow_name, experiment, base, **options))
         return 0
     plan(flow_name, experiment, home())
     orchestration.configure()
@@ -131,7 +133,7 @@ def _plan(flow_name: str, experiment: Experiment, base: Path, *, predict: bool =
 def study_plan(flow_name: str, study: Study, base: Path, *, predict: bool = False) -> Table:
     """The points of a study, each of which has to be possible; below, the plan of the first. `predict`: of that."""
     points = list(study.points(study.seeds[:1]))
-    plans = [_PLANS[type(point.experiment)](study.flow, point.experiment, base) for point in points]
+    plans = [PLANS[type(point.experiment)](study.flow, point.experiment, base) for point in points]
     count = len(points) * len(study.seeds)
     seeds = ", ".join(map(str, study.seeds))
     table = Table(show_header=False, box=None, title=f"{study.name}: what would be done", title_justify="left")
@@ -143,7 +145,7 @@ def study_plan(flow_name: str, study: Study, base: Path, *, predict: bool = Fals
     return table
 
 
-_PLANS: dict[type[Section], Callable[..., Table]] = {
+PLANS: dict[type[Section], Callable[..., Table]] = {
     Experiment: _plan,
     Defence: defence_plan,
     SolverLoop: solver_loop_plan,

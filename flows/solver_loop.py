@@ -28,7 +28,10 @@ def solver_loop(experiment: SolverLoop) -> Reported:
 
 
 def corrected_by_all(tracking: Tracking, experiment: SolverLoop, cases: Cases, seed: int) -> Iterator[Corrected]:
-    """What each of the experiment's methods makes of the same corrector; "src" is the same for every seed."""
+    """What each of the experiment's methods makes of the same corrector, and that corrector as it was before.
+
+    The experiment's own method comes first; "src" is the same for every seed.
+    """
     given = tracking, experiment, cases
     methods = [method for method in experiment.methods if method != "src" or seed == experiment.seeds[0]]
     trained = set(methods) != {"src"}
@@ -39,3 +42,5 @@ def corrected_by_all(tracking: Tracking, experiment: SolverLoop, cases: Cases, s
             continue
         shares = share_out_corrector(*given, seed, before) if method == "sol-zo" else None
         yield couple(*given, method, seed, before=before, shares=shares)
+    if before is not None:
+        yield before

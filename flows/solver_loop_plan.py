@@ -10,7 +10,7 @@ from infra.specs import described
 
 
 def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, predict: bool = False) -> Table:
-    """Simulator, cases, corrector and costs. `base`, `predict`: for the looks of it; nothing is written or timed.
+    """Simulator, cases, corrector and costs. `predict`: time a step of every method, too. Nothing is written.
 
     Raises:
         RequestError: the simulator or the network of the experiment is not what it says.
@@ -32,10 +32,11 @@ def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, pred
     )
     asking = sum(method in ASKING for method in experiment.methods) * len(experiment.seeds)
     course = ", ".join(f"{steps:,} steps with m = {unroll}" for steps, unroll in experiment.stages)
+    tried = f"{len(cases.validation)} validation, " if cases.validation else ""
     rows = {
         "flow": flow_name,
         "simulator": f"{experiment.simulator.kind}: {state}",
-        "cases": f"{len(cases.train)} train, {len(cases.test)} test, {cases.frames:,} frames each",
+        "cases": f"{len(cases.train)} train, {tried}{len(cases.test)} test, {cases.frames:,} frames each",
         "corrector": f"{experiment.corrector.name}: {sum(p.numel() for p in corrector.parameters()):,} parameters",
         "methods": ", ".join(experiment.methods) + f"; seeds {', '.join(map(str, experiment.seeds))}",
         "training": f"{course}; {training.batch_size} simulations",
@@ -44,6 +45,16 @@ def solver_loop_plan(flow_name: str, experiment: SolverLoop, base: Path, *, pred
         "roll-out": f"{experiment.rollout.frames:,} steps of every test case",
         "workers": described(experiment.cluster),
     }
+    if predict:
+        # Imports Prefect, which reads its settings then: a run has yet to make them.
+        from tasks.loop_prediction import training_seconds
+        from tasks.report import duration
+
+        seconds = training_seconds(experiment)
+        each = ", ".join(f"{method} {duration(value)}" for method, value in seconds.items())
+        total = len(experiment.seeds) * sum(seconds.values())
+        if each:
+            rows["time"] = f"about {each} per training, {duration(total)} in all, on this machine with nothing beside"
     table = Table(show_header=False, box=None, title=f"{experiment.name}: what would be done", title_justify="left")
     for label, text in rows.items():
         table.add_row(f"[bold]{label}", text)

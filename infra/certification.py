@@ -10,7 +10,6 @@ any number of workers, a worker lost on the way, or a run killed and started aga
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ from uuid import uuid4
 import numpy as np
 import torch
 from distributed import CancelledError, Client, Future, KilledWorker, Worker, WorkerPlugin, get_worker
-from distributed import wait as wait_for
 from torch import Tensor
 
 from deepzero_core.data import ImageStore, to_tensor
@@ -32,6 +30,7 @@ from infra.certificates import Certificates
 from infra.classifiers import Classifier, Recipe, files_of, moved
 from infra.cluster import shares_disk
 from infra.shipping import Parcel, Shipment, received
+from infra.waiting import finished
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +181,7 @@ def _on_workers(
             part = numbers[position : position + size]
             shards[client.submit(_shard, name, part, key=f"{name}-{part[0]}", pure=False)] = part
         while shards:
-            for future in _finished(client, list(shards), timeout_s):
+            for future in finished(client, list(shards), timeout_s):
                 yield from zip(shards.pop(future), future.result(), strict=True)
     except KilledWorker as error:
         raise WorkError(
@@ -196,20 +195,3 @@ def _on_workers(
             with suppress(CancelledError, OSError, TimeoutError):
                 client.cancel(list(shards))
                 client.unregister_worker_plugin(name)
-
-
-def _finished(client: Client, futures: Sequence[Future], timeout_s: float) -> list[Future]:
-    """Some that have ended. A shard may take as long as it takes; workers have to be there."""
-    alone = None
-    while True:
-        try:
-            return list(wait_for(futures, timeout=min(5.0, timeout_s), return_when="FIRST_COMPLETED").done)
-        except TimeoutError:
-            if client.status != "running":
-                raise ConnectionError(f"the Dask client is {client.status}") from None
-            if client.nthreads():
-                alone = None
-                continue
-            alone = alone or time.monotonic()
-            if time.monotonic() - alone > timeout_s:
-                raise WorkError(f"there has been no Dask worker for {timeout_s:g} s") from None

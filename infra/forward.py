@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from deepzero_core import GradientEstimate
 from deepzero_core.data import BatchSource
-from deepzero_core.errors import WorkError
+from deepzero_core.errors import LostError
 from deepzero_core.estimators.cge import queries, slope, work
 from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
 from deepzero_core.perturb.coordinates import count, resolve, scatter
@@ -222,17 +222,22 @@ class DistributedCGE:
     def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
         return queries(count(resolve(module, coordinates)), self.problem.difference)
 
+    def prepared(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> Evaluator:
+        """As `CGESource.prepared`."""
+        if self._evaluator is None:
+            self._evaluator = prepare(module, inputs, targets, F.cross_entropy)
+        return self._evaluator
+
     def estimate(self, module: nn.Module, batch: Batch, coordinates: Coordinates | None) -> GradientEstimate:
         """As `deepzero_core.cge`.
 
         Raises:
-            WorkError: no worker answered within the time-out, the scheduler was lost, or a range kills its workers.
+            LostError: no worker answered within the time-out, the scheduler was lost, or a range kills its workers.
         """
         parameters, buffers = state_of(module)
         seed = torch.initial_seed()
         state = StepState(uuid4().hex, batch.epoch, batch.index, _arrays(parameters), _arrays(buffers), seed)
-        if self._evaluator is None:
-            self._evaluator = prepare(module, batch.inputs, batch.targets, F.cross_entropy)
+        self.prepared(module, batch.inputs, batch.targets)
         chosen = resolve(module, coordinates)
         cut = self._cut_for(coordinates, chosen, lambda e: e.base(parameters, buffers, batch.inputs, batch.targets))
         parts, (unperturbed, *results) = self._answers(self._tasks(state, cut), cut)
@@ -257,7 +262,7 @@ class DistributedCGE:
         ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
         held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
         shares = [sum(costs[i] for i in group) for group in groups]
-        done = work(evaluator, base, chosen, self.problem.difference)
+        done = work(evaluator, base, chosen, self.problem.difference, self.problem.memory)
         self._cut = _Cut(coordinates, workers, ranges, shares, held, done)
         return self._cut
 
@@ -318,13 +323,13 @@ class DistributedCGE:
             results: list[Any] = self.client.gather([future for futures in chosen for future in futures])
             return parts, results
         except KilledWorker as error:
-            raise WorkError(
+            raise LostError(
                 f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and each of them died; "
                 "see to their memory, or take a smaller estimator.memory_mib"
             ) from error
         except (CancelledError, OSError) as error:
             address = self.client.scheduler.address
-            raise WorkError(f"the Dask scheduler at {address} was lost in the middle of a step") from error
+            raise LostError(f"the Dask scheduler at {address} was lost in the middle of a step") from error
         finally:
             open_still = [future for future in answers.futures() if not future.done()]
             if open_still and self.client.status == "running":

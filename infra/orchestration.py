@@ -13,7 +13,7 @@ SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     # What our packages log is kept with the run.
-    "PREFECT_LOGGING_EXTRA_LOGGERS": "infra,tasks,deepzero_core",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "infra,tasks,simulators,deepzero_core",
 }
 _QUIET = {
     **SETTINGS,

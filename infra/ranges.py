@@ -14,6 +14,8 @@ from torch import Tensor
 
 FEWEST = 24
 """Ranges of a step: enough for eight workers to end together, few enough that sending them costs next to nothing."""
+ALONE_S = 1.0
+"""Seconds of a range where there is one worker."""
 PER_WORKER = 3
 """Ranges for each of many workers: the largest is then two thirds of a worker's share."""
 HANDLING_S = 1e-3
@@ -34,7 +36,10 @@ def grouped(costs: Sequence[float], workers: int) -> list[list[int]]:
 
     n ranges take the coordinator n·h, and one of them a worker S/n where there are workers for all: the sum is least
     for n = √(S/h). More are not worth it, however many workers there are, and there each gets one of n equal ranges.
+    One worker has nobody to end together with: it gets a range for every second, so that word of it keeps coming.
     """
+    if workers <= 1:
+        return even(costs, max(1, min(FEWEST, round(sum(costs) / ALONE_S))))
     wanted = max(FEWEST, min(PER_WORKER * workers, int((sum(costs) / HANDLING_S) ** 0.5)))
     return tapered(costs, wanted) if wanted > workers else even(costs, wanted)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from distributed import Client, Future
 
-from deepzero_core.errors import WorkError
+from deepzero_core.errors import LostError
 
 _LATE = 2.0
 _GRACE_S = 0.05
@@ -47,7 +47,7 @@ class Answers:
         self.asked_again = 0
         self._owner: dict[str, int] = {}
         self._done: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self._began = self._heard = time.monotonic()
+        self._began, self._waited = time.monotonic(), 0.0
         self._ends: list[float] = []
         for number, task in enumerate(tasks):
             self._watch(number, task.first)
@@ -56,14 +56,18 @@ class Answers:
         """Until every task is answered.
 
         Raises:
-            WorkError: nothing came back for longer than the time-out, which begins again with each answer.
+            LostError: nothing came back for longer than the time-out, which begins again with each answer.
             ConnectionError: the client has lost its scheduler. And whatever a task raised.
         """
         while len(self.chosen) < len(self._tasks):
             idle = len(self._tasks) - len(self.chosen) < self._workers()
+            quarter_s, looked = self._timeout_s() / 4, time.monotonic()
+            look_s = min(_GRACE_S if idle else 5.0, quarter_s)
             try:
-                self._take(self._done.get(timeout=_GRACE_S if idle else min(5.0, self._timeout_s())))
+                self._take(self._done.get(timeout=look_s))
             except queue.Empty:
+                # A machine that was asleep has not waited: a look counts for little more than it was to take.
+                self._waited += min(time.monotonic() - looked, look_s + min(1.0, quarter_s))
                 self._check()
             if idle:
                 self._ask_again()
@@ -76,7 +80,7 @@ class Answers:
         future.add_done_callback(self._done.put)
 
     def _take(self, future: Future) -> None:
-        self._heard = time.monotonic()
+        heard, self._waited = time.monotonic(), 0.0
         number = self._owner[future.key]
         if number in self.chosen:
             return
@@ -85,14 +89,14 @@ class Answers:
         whole = [attempt for attempt in self._tasks[number].attempts if all(f.status == "finished" for f in attempt)]
         if whole:
             self.chosen[number] = whole[0]
-            self._ends.append(self._heard)
+            self._ends.append(heard)
 
     def _check(self) -> None:
         if self._client.status != "running":
             raise ConnectionError(f"the Dask client is {self._client.status}")
         timeout_s = self._timeout_s()
-        if time.monotonic() - self._heard > timeout_s:
-            raise WorkError(
+        if self._waited > timeout_s:
+            raise LostError(
                 f"no answer from the {self._workers()} Dask workers for {timeout_s:g} s "
                 f"({len(self.chosen)} of {len(self._tasks)} tasks of this step are done)"
             )

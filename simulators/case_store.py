@@ -23,8 +23,8 @@ from deepzero_core.errors import RequestError
 from simulators.cases import Case
 from simulators.protocol import State
 
-SCHEMA_VERSION = 1
-SPLITS = ("train", "test")
+SCHEMA_VERSION = 2
+SPLITS = ("train", "validation", "test")
 _REMEDY = "remove it, and the cases are computed again"
 _TYPES = {torch.float32: pa.float32(), torch.float64: pa.float64()}
 
@@ -57,12 +57,12 @@ class CaseStore:
         return digest_of(dict(self.manifest))
 
     def cases(self, split: str) -> list[Case]:
-        """All cases of "train" or "test"; a copy."""
+        """All cases of a split; a copy."""
         return [_read(self.path / entry["file"], entry) for entry in self.manifest["cases"][split]]
 
 
 def write_cases(path: Path, splits: Mapping[str, Sequence[Case]], facts: Mapping[str, Any]) -> CaseStore:
-    """Write a store; another one in its place is replaced.
+    """Write a store; another one in its place is replaced. A split that is not given has no cases.
 
     facts: what the cases were made from, JSON-able.
     RequestError: a place that cannot be used, fields that are not float32 or float64. WorkError: the disk failed.
@@ -71,7 +71,7 @@ def write_cases(path: Path, splits: Mapping[str, Sequence[Case]], facts: Mapping
     with files.staging_folder(path) as staging:
         entries: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         for split in SPLITS:
-            for number, case in enumerate(splits[split]):
+            for number, case in enumerate(splits.get(split, ())):
                 file = f"{split}-{number}.arrow"
                 names.add(file)
                 columns = _columns(case)

@@ -2,6 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from deepzero_core.errors import RequestError
 from simulators.protocol import Fields, Shapes, State, Statistics, alive, check, count
+
+RANGES = 24
+"""The most questions of a step: enough for a dozen processes to end together."""
+_LEAST = 2
 
 
 @dataclass(frozen=True)
@@ -24,17 +29,19 @@ class Contained(ABC):
     """A simulator of which only `advance` is missing.
 
     limit: the largest plausible absolute value of a field; a simulation beyond it has diverged.
-    batch_size: the most simulations that are advanced together; the crash of a program takes no more with it.
+    batch_size: the most simulations that are advanced together; the crash of a program takes no more with it. None:
+        as many as make at most `RANGES` questions of a step, two or more. How a step is cut depends on nothing else,
+        and never on who answers.
     Fit for pickling: a copy counts anew.
     """
 
     optional: frozenset[str] = frozenset()
     differentiable: bool = False
 
-    def __init__(self, *, limit: float, batch_size: int) -> None:
+    def __init__(self, *, limit: float, batch_size: int | None) -> None:
         if not limit > 0:
             raise RequestError(f"limit, the largest plausible value of a field, must be positive, not {limit}")
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise RequestError(f"batch_size, the most simulations of one call, must be at least 1, not {batch_size}")
         self.limit, self.batch_size = limit, batch_size
         self._begin()
@@ -62,6 +69,13 @@ class Contained(ABC):
     def advance(self, state: State, params: State) -> State | Crash:
         """One step of at most `batch_size` simulations, all of them alive, on the CPU."""
 
+    def advance_all(self, pieces: Sequence[tuple[State, State]]) -> list[State | Crash]:
+        """What `advance` makes of each (state, parameters), in order."""
+        return [self.advance(*piece) for piece in pieces]
+
+    def close(self) -> None:  # noqa: B027 — most hold nothing open
+        """Let go of what is held open; a later step opens it again."""
+
     def step(self, state: Fields, params: Fields) -> State:
         """One step; see `simulators.protocol`."""
         check("the state", state, self.state_shapes, self.optional)
@@ -82,21 +96,23 @@ class Contained(ABC):
         return after
 
     def _in_pieces(self, state: State, params: State) -> State:
+        size = self.batch_size or max(_LEAST, -(-count(state) // RANGES))
         pieces = [
-            self._contained(
-                {name: value[start : start + self.batch_size] for name, value in state.items()},
-                {name: value[start : start + self.batch_size] for name, value in params.items()},
+            (
+                {name: value[start : start + size] for name, value in state.items()},
+                {name: value[start : start + size] for name, value in params.items()},
             )
-            for start in range(0, count(state), self.batch_size)
+            for start in range(0, count(state), size)
         ]
         if not pieces:
             return {name: value.clone() for name, value in state.items()}
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in state}
-
-    def _contained(self, state: State, params: State) -> State:
-        """One piece: NaN for the simulations that die in this step."""
         with self._lock:
-            after = self.advance(_on_cpu(state), _on_cpu(params))
+            found = self.advance_all([(_on_cpu(some), _on_cpu(given)) for some, given in pieces])
+        after = [self._contained(some, answer) for (some, _), answer in zip(pieces, found, strict=True)]
+        return {name: torch.cat([piece[name] for piece in after]) for name in state}
+
+    def _contained(self, state: State, after: State | Crash) -> State:
+        """What has become of one piece: NaN for the simulations that died in this step."""
         if isinstance(after, Crash):
             self._count(Statistics(crashed=count(state), last_error=after.reason))
             return {name: torch.full_like(value, torch.nan) for name, value in state.items()}

@@ -52,7 +52,7 @@ class ExternalProgram(Contained):
         retries: int = 1,
         environment: Mapping[str, str] | None = None,
         limit: float = 1e6,
-        batch_size: int = 1024,
+        batch_size: int | None = 1024,
     ) -> None:
         super().__init__(limit=limit, batch_size=batch_size)
         if isinstance(command, str) or not command:

@@ -30,7 +30,7 @@ class FunctionSimulator(Contained):
         param_shapes: Shapes | None = None,
         differentiable: bool = False,
         limit: float = 1e6,
-        batch_size: int = 1 << 20,
+        batch_size: int | None = 1 << 20,
     ) -> None:
         super().__init__(limit=limit, batch_size=batch_size)
         self.function, self.differentiable = function, differentiable

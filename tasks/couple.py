@@ -19,9 +19,11 @@ from simulators.methods.batches import Curriculum, Pairs, Shuffled, training_win
 from simulators.protocol import Simulator, Statistics
 from tasks.history import read
 from tasks.loop import Loop
-from tasks.loop_problem import Setting, open_simulator
-from tasks.records import Cases, Corrected, Shares
+from tasks.loop_problem import Setting, lowest_reynolds
+from tasks.loop_validation import validating
+from tasks.records import PRETRAINED, Cases, Corrected, Shares
 from tasks.shares import shares_of
+from tasks.solver import open_solver
 from tasks.stage import Stage, Tracking, perform, stage_task
 from tasks.train import digest
 
@@ -34,7 +36,8 @@ def _common(loop: SolverLoop, cases: Cases, seed: int) -> dict[str, Any]:
     return {
         "cases": cases.digest,
         "corrector": loop.corrector,
-        "reynolds": min(*loop.cases.train, *loop.cases.test) if loop.simulator.kind == "wake" else None,
+        "reynolds": lowest_reynolds(loop) if loop.simulator.kind == "wake" else None,
+        "validation": loop.training.validations if loop.cases.validation else None,
         "threads": loop.training.threads,
         "seed": seed,
     }
@@ -48,7 +51,7 @@ def pretrain_corrector(tracking: Tracking, loop: SolverLoop, cases: Cases, seed:
 
     def work(stage: Stage) -> Corrected:
         return _train(
-            stage, loop, cases, "non", seed, None, None, steps=given.steps, lr=given.lr, pairs=given.batch_size
+            stage, loop, cases, PRETRAINED, seed, None, None, steps=given.steps, lr=given.lr, pairs=given.batch_size
         )
 
     return perform(tracking, "pretrain", Corrected, inputs, work, label=f"corrector, seed {seed}")
@@ -79,11 +82,13 @@ def share_out_corrector(
 def _share_out(stage: Stage, loop: SolverLoop, cases: Cases, seed: int, before: Corrected | None) -> Shares:
     torch.set_num_threads(loop.training.threads)
     started, pruning = time.perf_counter(), loop.pruning
-    with open_simulator(loop) as simulator:
+    with open_solver(loop) as simulator:
         setting = Setting(loop, cases, simulator)
         corrector = corrector_after(setting, seed, before)
         scores, queries = {}, 0
-        if pruning.method == "zo-grasp":
+        everything = sum(p.numel() for p in corrector.parameters() if p.requires_grad)
+        # A budget that pays for every weight needs no sharing out.
+        if pruning.method == "zo-grasp" and loop.training.queries <= everything:
             windows = training_windows(setting.unrolled, loop.stages, setting.train)
             count = min(pruning.examples, len(windows))
             inputs, targets = windows.batch([position * len(windows) // count for position in range(count)])
@@ -120,7 +125,7 @@ def couple(
         "before": before and before.weights_digest,
         "shares": shares and shares.ratios,
         "redraw_steps": loop.pruning.redraw_steps if shares else None,
-        "training": training.model_dump(exclude={"method", "checkpoint_every", "lr", "mu"}),
+        "training": training.model_dump(exclude={"method", "checkpoint_every", "validations", "lr", "mu"}),
         "lr": _peak(loop, method),
         "mu": training.mu.get(method),
         "method": method,
@@ -146,6 +151,8 @@ def uncorrected(seed: int) -> Corrected:
         weights_digest="",
         parameters=0,
         steps=0,
+        kept_step=0,
+        validation_mae=None,
         queries=0,
         solver_steps=0,
         diverged=0,
@@ -178,17 +185,17 @@ def _train(
 ) -> Corrected:
     torch.set_num_threads(loop.training.threads)
     training = loop.training
-    with open_simulator(loop) as simulator:
+    with open_solver(loop, method) as simulator:
         setting = Setting(loop, cases, simulator)
         module = corrector_after(setting, seed, before)
         batches: Shuffled
         source: GradientSource
-        if method == "non":
+        if method in ("non", PRETRAINED):
             inputs, targets = methods.Windows(setting.unrolled, setting.train).pairs()
             batches = Shuffled(Pairs(inputs, targets), min(pairs, len(inputs)), seed)
             source = methods.NonInteractive(setting.unrolled)
         else:
-            source = Curriculum(setting.unrolled, loop.stages, _source(loop, method, seed))
+            source = Curriculum(setting.unrolled, loop.stages, gradient_source(loop, method, seed))
             windows = training_windows(setting.unrolled, loop.stages, setting.train)
             batches = Shuffled(windows, training.batch_size, seed, loop.pruning.redraw_steps, source.shorten)
         plan = TrainingSettings(
@@ -200,14 +207,17 @@ def _train(
             ratios=None if shares is None else shares.ratios,
         )
         trainer = Trainer(module, batches, source, plan)
-        work = Loop(stage, trainer, training.checkpoint_every, line=_counting(simulator))
-        work.run()
+        with validating(loop, setting, module, stage.folder, steps=steps) as validation:
+            trying: dict[str, Any] = {} if validation is None else {"evaluation": validation}
+            work = Loop(stage, trainer, training.checkpoint_every, line=_counting(simulator), **trying)
+            work.run()
+            kept, error = (trainer.step, None) if validation is None else validation.keep_best(trainer.step)
         last_error = simulator.statistics.last_error
     weights = stage.folder / "weights.pt"
     torch.save(module.state_dict(), weights)
     stage.run.artifact(weights, "model")
     counts = dict.fromkeys(_COUNTED, 0)
-    for line in read(stage.folder / "history.jsonl"):
+    for line in (line for line in read(stage.folder / "history.jsonl") if line["kind"] == "step"):
         counts = {name: total + line[name] for name, total in counts.items()}
     if last_error:
         stage.run.tags({"deepzero.last_simulator_error": last_error})
@@ -225,6 +235,8 @@ def _train(
         weights_digest=digest(module),
         parameters=sum(p.numel() for p in module.parameters()),
         steps=trainer.step,
+        kept_step=kept,
+        validation_mae=error,
         queries=trainer.queries,
         seconds=work.clock.seconds,
         **counts,
@@ -260,7 +272,7 @@ def _peak(loop: SolverLoop, method: LoopMethod) -> float:
     return dict(loop.training.lr).get(method, loop.training.optimizer.lr)
 
 
-def _source(loop: SolverLoop, method: Any, seed: int) -> Callable[[methods.Loop], GradientSource]:
+def gradient_source(loop: SolverLoop, method: Any, seed: int) -> Callable[[methods.Loop], GradientSource]:
     """Where the method's gradients come from, for a loop of any length."""
     training = loop.training
     given = dict(training.mu).get(method)

@@ -53,7 +53,7 @@ def write_defence_report(
 
         flow             "defend"
         methods          list, the main method first, of {method, seeds, certified_accuracy: {radius: [share by seed]},
-                         average_radius, queries, images_asked, seconds: lists by seed}
+                         average_radius, queries, queries_per_step, images_asked, seconds: lists by seed}
         victim           {kind, name, accuracy, images_asked}
         certification    {examples, sigma, alpha, samples, saved}: of all certificates together
         order            list of sentences, one for each place where certified accuracy is not in the paper's order
@@ -114,16 +114,18 @@ def defence_table(grouped: Grouped, queries_per_step: int) -> Table:
             *(spread([100 * r.certified.accuracy_at[radius] for r in several], 1) for radius in radii),
             spread([r.certified.average_radius for r in several], 2),
             f"{round(statistics.mean(r.defended.queries for r in several)):,}",
+            f"{statistics.mean(map(_per_step, several)):,.4g}",
             duration(statistics.mean(r.defended.seconds for r in several)),
         )
         for method, several in grouped.items()
     )
-    columns = ("method", *(f"r = {radius:g}" for radius in radii), "ACR", "queries", "training")
+    columns = ("method", *(f"r = {radius:g}" for radius in radii), "ACR", "queries", "per step", "training")
     seeds = len(next(iter(grouped.values())))
     caption = (
         f"Certified accuracy in per cent by radius, and average certified radius; mean ± standard deviation of "
-        f"{seeds} seed{'s' if seeds > 1 else ''}. Queries: evaluations of the loss on one batch in training, at most "
-        f"{queries_per_step:,} per step of every zeroth-order method. Training: without pre-training."
+        f"{seeds} seed{'s' if seeds > 1 else ''}. Queries: evaluations of the loss on one batch in training; per step: "
+        f"what was really spent of {queries_per_step:,}, the budget of every zeroth-order method. Training: without "
+        "pre-training."
     )
     return Table(columns, rows, caption)
 
@@ -165,9 +167,15 @@ def _numbers(method: str, several: Sequence[DefenceResult]) -> dict[str, Any]:
         "certified_accuracy": [[radius, [r.certified.accuracy_at[radius] for r in several]] for radius in radii],
         "average_radius": [r.certified.average_radius for r in several],
         "queries": [r.defended.queries for r in several],
+        "queries_per_step": [_per_step(r) for r in several],
         "images_asked": [r.defended.asked for r in several],
         "seconds": [r.defended.seconds for r in several],
     }
+
+
+def _per_step(result: DefenceResult) -> float:
+    """Queries really spent; 0 where nothing was trained."""
+    return result.defended.queries / max(1, result.defended.steps)
 
 
 def _draw(gallery: Gallery, grouped: Grouped, price: float | None, rows: Sequence[Row]) -> None:

@@ -1,5 +1,6 @@
 """Stage: reference runs, computed once, shared out to Dask workers where there are any, the same bits either way."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from prefect.states import State
 
 from configs.solver_loop import SolverLoop
 from infra.cluster import open_cluster
-from simulators.case_store import write_cases
+from simulators.case_store import SPLITS, write_cases
 from simulators.cases import Case
 from simulators.methods.packing import required
 from tasks.loop_problem import open_simulator, reference_cases_on_one_thread
@@ -20,14 +21,15 @@ from tasks.stage import Stage, Tracking, perform, stage_task
 
 @stage_task("generate")
 def generate(tracking: Tracking, loop: SolverLoop) -> State[Cases] | Cases:
-    """Training and test cases of the experiment, resampled to the source grid."""
+    """Training, validation and test cases of the experiment, resampled to the source grid."""
     inputs = {"simulator": loop.simulator, "cases": loop.cases}
     return perform(tracking, "generate", Cases, inputs, lambda stage: _generate(stage, loop))
 
 
 def _generate(stage: Stage, loop: SolverLoop) -> Cases:
     started = time.perf_counter()
-    numbers = [*loop.cases.train, *loop.cases.test]
+    splits = {split: getattr(loop.cases, split) for split in SPLITS}
+    numbers = [number for some in splits.values() for number in some]
     cluster = loop.cluster
     with Progress(stage.title, len(numbers)) as progress:
         cases = (
@@ -35,12 +37,13 @@ def _generate(stage: Stage, loop: SolverLoop) -> Cases:
             if cluster.workers == 0
             else _shared_out(loop, numbers, progress)
         )
-    split = len(loop.cases.train)
+    computed = iter(cases)
+    sorted_out = {split: list(itertools.islice(computed, len(some))) for split, some in splits.items()}
     facts: dict[str, Any] = {
         "simulator": loop.simulator.model_dump(mode="json"),
         "cases": loop.cases.model_dump(mode="json"),
     }
-    store = write_cases(stage.folder / "cases", {"train": cases[:split], "test": cases[split:]}, facts)
+    store = write_cases(stage.folder / "cases", sorted_out, facts)
     seconds = time.perf_counter() - started
     stage.run.artifact(store.path / "manifest.json", "cases")
     with open_simulator(loop) as simulator:
@@ -50,7 +53,7 @@ def _generate(stage: Stage, loop: SolverLoop) -> Cases:
         store=store.path,
         digest=store.digest,
         name=_name(loop),
-        counts={"train": split, "test": len(cases) - split},
+        counts={split: len(some) for split, some in splits.items()},
         frames=loop.cases.frames,
         numbers=size,
         seconds=seconds,

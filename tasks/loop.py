@@ -1,5 +1,5 @@
 """The loop of a training stage: history, metrics, checkpoints, progress. Killed at any moment it goes on from its last
-checkpoint, to the same bits. Asked to stop, or left by its black box, it writes one at the step that it stands at."""
+checkpoint, to the same bits. Asked to stop, or left by black box or workers, it writes one where it stands."""
 
 import sys
 import time
@@ -10,10 +10,10 @@ from typing import Any
 from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 
-from deepzero_core.errors import BlackBoxError, RequestError, WorkError
-from deepzero_core.training import NonFiniteError, StepRecord, Trainer
+from deepzero_core.errors import LostError, RequestError, WorkError
+from deepzero_core.training import NonFiniteError, StepRecord, Trainer, check_state
 from deepzero_core.training.checkpoint import load_newest, save_step
-from tasks.history import History
+from tasks.history import History, intact
 from tasks.progress import Progress
 from tasks.stage import Stage
 from tasks.tracking import metrics_of
@@ -71,7 +71,7 @@ class Loop:
                     found = self.evaluation(record, last)
                     if found is not None:
                         self._say(history, self._evaluation_line(record) | found)
-                        note = "".join(f", test accuracy {v:.1%}" for k, v in found.items() if k == "test_accuracy")
+                        note = _note(found)
                     if last or record.step % self.checkpoint_every == 0 or _overdue(saved_at):
                         self._save(history)
                         saved_at = time.monotonic()
@@ -82,7 +82,7 @@ class Loop:
                 if trainer.step == told:
                     self._checkpoint(history)
                 raise
-            except BlackBoxError as error:
+            except LostError as error:
                 self._save(history)
                 raise WorkError(
                     f"{error}; {stage.title} stands at step {trainer.step} of {total}, and the same command goes on "
@@ -130,16 +130,18 @@ class Loop:
             "trainer": self.trainer.state(),
             "seconds": self.clock.seconds,
             "config_digest": self.stage.folder.name,
+            "history": history.mark,
         }
         save_step(self.stage.folder / "checkpoints", self.trainer.step, state)
 
     def _resume(self) -> float:
         """Restore the newest good checkpoint, if there is one; the seconds already spent."""
         stage, logger = self.stage, get_run_logger()
-        found = load_newest(stage.folder / "checkpoints")
+        found = load_newest(stage.folder / "checkpoints", self._no_use)
+        instead = "using an older one" if found.path else "the training begins anew"
         for damage in found.damaged:
-            logger.warning("%s; using an older one", damage)
-            print(f"warning: {damage}; using an older one", file=sys.stderr)
+            logger.warning("%s; %s", damage, instead)
+            print(f"warning: {damage}; {instead}", file=sys.stderr)
         if found.state is None:
             return 0.0
         if found.state["config_digest"] != stage.folder.name:
@@ -151,6 +153,18 @@ class Loop:
         logger.info("resumed at step %d from %s", self.trainer.step, found.path)
         return float(found.state["seconds"])
 
+    def _no_use(self, state: dict[str, Any]) -> str | None:
+        """Why a checkpoint is of no use: what it is made of, and the history that belongs to it."""
+        history = self.stage.folder / "history.jsonl"
+        try:
+            check_state(state.get("trainer", {}))
+        except RequestError as error:
+            return f"is none of a training: {error}"
+        seconds = state.get("seconds")
+        if not isinstance(state.get("config_digest"), str) or not isinstance(seconds, float) or not seconds >= 0:
+            return "is none of a training"
+        return None if intact(history, state.get("history")) else f"belongs to a history that {history} is no longer"
+
     def _explained(self) -> Iterator[StepRecord]:
         """The trainer's records; a loss that is no longer finite is reported with the last good checkpoint."""
         try:
@@ -159,6 +173,14 @@ class Loop:
             good = load_newest(self.stage.folder / "checkpoints").path
             where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             raise WorkError(f"{error}; {where}") from error
+
+
+def _note(found: dict[str, Any]) -> str:
+    """What the line of progress says of an evaluation."""
+    accuracy, error = found.get("test_accuracy"), found.get("validation_mae")
+    if error is not None:
+        return f", validation MAE {error:.4f}"
+    return "" if accuracy is None else f", test accuracy {accuracy:.1%}"
 
 
 def _overdue(saved_at: float) -> bool:

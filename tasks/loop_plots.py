@@ -12,24 +12,31 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tasks.plots import legend_below, line_style, new_figure
-from tasks.records import LoopResult
+from tasks.records import PRETRAINED, LoopResult
 from tasks.roll_out import read_images
 
 LOOP_NAMES = {
     "src": "SRC",
+    PRETRAINED: "pre-trained",
     "non": "NON",
-    "sol-fo": "SOL-FO",
     "sol-zo": "SOL-ZO",
     "sol-zo-split": "SOL-ZO-split",
+    "sol-fo": "SOL-FO",
 }
+"""From the largest to the smallest error, as the paper found them."""
 
 Grouped = Mapping[str, Sequence[LoopResult]]
-"""By method, the results of all seeds, in the order of the report."""
+"""By method, the results of all seeds, the experiment's own method first."""
 
 _COLOURS = "viridis"
 _TIMES = 4
 _PANEL = 160
 """Pixels of an animation's panel, at least, along its longer side."""
+
+
+def in_rows(results: Grouped) -> Grouped:
+    """The same in the order of tables and pictures, that of `LOOP_NAMES`."""
+    return {method: results[method] for method in LOOP_NAMES if method in results}
 
 
 def fields(results: Grouped, reference: Tensor, path: Path) -> None:
@@ -71,12 +78,13 @@ def error_curves(results: Grouped, path: Path) -> None:
             axes.fill_between(frames, mean - deviation, mean + deviation, alpha=0.1, color=style["color"], linewidth=0)
         axes.set(title="Error over time", xlabel="frame", ylabel="mean absolute error")
         axes.set_ylim(bottom=0)
-        legend_below(figure, axes, columns=5)
+        # Six in two equal lines, fewer in one.
+        legend_below(figure, axes, columns=3 if len(results) > 5 else 5)
 
 
 def bars(results: Grouped, published: Mapping[str, tuple[float, float]], path: Path) -> None:
     """Error over that of the solver alone: ours beside the paper's."""
-    methods = [method for method in ("src", "non", "sol-zo", "sol-zo-split", "sol-fo") if method in results]
+    methods = list(in_rows(results))
     ours = {m: [error for result in results[m] for error in result.rolled.mae] for m in methods}
     unit = statistics.mean(ours["src"]) if "src" in ours else 1.0
     paper_unit = published["src"][0] if "src" in ours else 1.0
@@ -86,7 +94,8 @@ def bars(results: Grouped, published: Mapping[str, tuple[float, float]], path: P
         means = [statistics.mean(ours[m]) / unit for m in methods]
         spreads = [statistics.stdev(ours[m]) / unit if len(ours[m]) > 1 else 0.0 for m in methods]
         style = {"capsize": 3, "error_kw": {"linewidth": 1}}
-        axes.bar(places - 0.2, means, 0.38, yerr=spreads, label="here", color="#0072B2", **style)
+        beside = np.array([0.2 if m in published else 0.0 for m in methods])
+        axes.bar(places - beside, means, 0.38, yerr=spreads, label="here", color="#0072B2", **style)
         known = [(place, published[m]) for place, m in zip(places, methods, strict=True) if m in published]
         axes.bar(
             [place + 0.2 for place, _ in known],
@@ -128,9 +137,8 @@ def animation(results: Grouped, reference: Tensor, path: Path) -> None:
 
 
 def _of_first_case(results: Grouped) -> list[tuple[str, Tensor]]:
-    """Images of the first seed, the solver alone before all others."""
-    order = sorted(results, key=lambda method: method != "src")
-    return [(LOOP_NAMES[method], read_images(results[method][0].rolled.images)) for method in order]
+    """Images of the first seed."""
+    return [(LOOP_NAMES[method], read_images(several[0].rolled.images)) for method, several in in_rows(results).items()]
 
 
 def _shown(images: Tensor) -> NDArray[np.float64]:

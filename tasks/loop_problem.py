@@ -1,6 +1,6 @@
 """From the configuration of a solver in the loop to simulators, couplings and correctors."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,11 @@ from deepzero_core.errors import RequestError
 from deepzero_core.models import build_corrector
 from deepzero_core.models.custom import call, seeded
 from simulators import burgers, methods, wake
-from simulators.case_store import CaseStore
+from simulators.case_store import SPLITS, CaseStore
 from simulators.cases import Case, burgers_cases, wake_cases
-from simulators.external import ExternalProgram
-from simulators.function import FunctionSimulator
 from simulators.grid import Grid
 from simulators.methods.packing import required
+from simulators.own import own_simulator
 from simulators.protocol import Simulator
 from tasks.records import Cases
 
@@ -27,6 +26,11 @@ def source_grid(simulator: SimulatorConfig) -> Grid:
     """That of the solver; RequestError as `Grid`."""
     rows, columns = simulator.cells
     return Grid((rows, columns), (simulator.size, simulator.size) if simulator.kind == "burgers" else wake.SIZE)
+
+
+def lowest_reynolds(loop: SolverLoop) -> float:
+    """The most viscous case of the wake."""
+    return min(*loop.cases.train, *loop.cases.validation, *loop.cases.test)
 
 
 @contextmanager
@@ -40,27 +44,13 @@ def open_simulator(loop: SolverLoop) -> Iterator[Simulator]:
         yield burgers.Burgers(source_grid(config), dt=config.dt, viscosity=config.viscosity)
         return
     if config.kind == "wake":
-        yield wake.Wake(source_grid(config), lowest_reynolds=min(*loop.cases.train, *loop.cases.test))
+        yield wake.Wake(source_grid(config), lowest_reynolds=lowest_reynolds(loop))
         return
-    settings: dict[str, Any] = dict(config.settings)
-    for key in ("state_shapes", "param_shapes"):
-        settings[key] = {name: tuple(shape) for name, shape in settings.get(key, {}).items()}
-    if config.kind == "function":
-        settings["function"] = resolve(str(settings["function"]), what="simulator")
-        yield _built(FunctionSimulator, settings)
-        return
-    program = _built(ExternalProgram, settings)
+    own = own_simulator(config.kind, config.settings)
     try:
-        yield program
+        yield own
     finally:
-        program.close()
-
-
-def _built(kind: Any, settings: Mapping[str, Any]) -> Any:
-    try:
-        return kind(**settings)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"simulator.settings do not fit: {reason(error)}") from error
+        own.close()
 
 
 def reference_cases(loop: SolverLoop, numbers: Sequence[float]) -> list[Case]:
@@ -156,6 +146,11 @@ def corrector_of(loop: SolverLoop, features: Tensor, channels: int, seed: int) -
     return module
 
 
+def reference_images(coupling: methods.Coupling, cases: Sequence[Case], frames: int) -> Tensor:
+    """[T, N, C, …]: what a roll-out is compared with, from the second frame on."""
+    return torch.stack([coupling.image(case.frames)[1 : frames + 1] for case in cases], 1)
+
+
 def blank_features(loop: SolverLoop, simulator: Simulator) -> tuple[Tensor, int]:
     """([2, C + E, …], C): what a corrector sees and how many channels it corrects, before there are any data."""
     kind = loop.simulator.kind
@@ -176,7 +171,7 @@ class Setting:
     def __init__(self, loop: SolverLoop, cases: Cases, simulator: Simulator) -> None:
         store = CaseStore.open(cases.store)
         self.loop, self.simulator = loop, simulator
-        self.train, self.test = store.cases("train"), store.cases("test")
+        self.train, self.validation, self.test = (store.cases(split) for split in SPLITS)
         self.coupling = coupling_of(loop, self.train)
         self.unrolled = methods.Loop(simulator, self.coupling, loop.longest, loop.training.penalty)
 

@@ -11,12 +11,12 @@ from deepzero_core.errors import WorkError
 from infra.home import home
 from tasks.couple import corrector_after
 from tasks.environment import environment
-from tasks.loop_problem import Setting, open_simulator
-from tasks.loop_report import errors, share_of_the_way, write_loop_report
+from tasks.loop_order import errors
+from tasks.loop_problem import Setting, open_simulator, reference_images
+from tasks.loop_report import share_of_the_way, write_loop_report
 from tasks.present import present
 from tasks.progress import concluded
 from tasks.records import Cases, LoopResult, Reported
-from tasks.roll_out import reference_images
 from tasks.seeds import by_method
 from tasks.stage import Tracking
 from tasks.tracking import Run, run_url

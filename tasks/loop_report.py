@@ -2,21 +2,18 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
 from deepzero_core.errors import WorkError
 from tasks import loop_plots, plots
-from tasks.loop_plots import LOOP_NAMES, Grouped
+from tasks.loop_order import errors, order_notes
+from tasks.loop_plots import LOOP_NAMES, Grouped, in_rows
 from tasks.page import Gallery, Page, Table, write_page
-from tasks.records import Cases, LoopResult, Reported
+from tasks.records import PRETRAINED, Cases, LoopResult, Reported
 from tasks.report import SCHEMA_VERSION, duration
 from tasks.seeds import by_method, spread
-
-ORDER = ("src", "non", "sol-zo", "sol-fo")
-"""From the largest to the smallest error, as the paper found it."""
 
 # Mean absolute error over all time steps, unsteady wake flow, ± over test cases: DeepZero (ICLR 2024).
 PUBLISHED = {"src": (0.180, 0.022), "non": (0.153, 0.041), "sol-zo": (0.119, 0.038), "sol-fo": (0.074, 0.034)}
@@ -43,7 +40,7 @@ def write_loop_report(
                     relative_error, spectrum_error (or null), share_of_the_way (or null), parameters, queries,
                     solver_steps, diverged, crashed, restarts, test_diverged, steps_per_second, seconds}
         cases       {names, frames}
-        order       list of sentences, one for each place where errors are not in the paper's order
+        order       list of sentences, one for each pair of methods whose errors are not in the paper's order
 
     Args:
         results: of every method and seed.
@@ -55,7 +52,7 @@ def write_loop_report(
     if not results:
         raise WorkError("a report needs the result of at least one method")
     grouped = by_method(results)
-    broken = out_of_order(grouped)
+    holds, broken = order_notes(grouped)
     lost = losses(grouped)
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -74,7 +71,7 @@ def write_loop_report(
         },
         "environment": dict(environment),
         "mlflow_url": mlflow_url,
-        "notes": [*notes, *broken, *lost],
+        "notes": [*notes, *holds, *broken, *lost],
     }
     page = Page(
         result=result,
@@ -84,11 +81,6 @@ def write_loop_report(
         draw=lambda gallery: _draw(gallery, grouped, reference, animated),
     )
     return write_page(folder, page)
-
-
-def errors(several: Sequence[LoopResult]) -> list[float]:
-    """By seed: the mean over the test cases of the mean absolute error over time."""
-    return [statistics.mean(result.rolled.mae) for result in several]
 
 
 def share_of_the_way(grouped: Grouped, method: str) -> list[float]:
@@ -104,7 +96,7 @@ def share_of_the_way(grouped: Grouped, method: str) -> list[float]:
 def loop_table(grouped: Grouped, queries_per_step: int) -> Table:
     """Mean ± standard deviation over the seeds, one row per method."""
     rows = []
-    for method, several in grouped.items():
+    for method, several in in_rows(grouped).items():
         shares = share_of_the_way(grouped, method)
         spectra = [statistics.mean(r.rolled.spectrum_error) for r in several if r.rolled.spectrum_error is not None]
         rows.append(
@@ -128,22 +120,6 @@ def loop_table(grouped: Grouped, queries_per_step: int) -> Table:
         "solver steps: of one simulation each. Training: without pre-training."
     )
     return Table(columns, tuple(rows), caption)
-
-
-def out_of_order(grouped: Grouped) -> list[str]:
-    """Sentences on every pair of neighbours whose errors are not in the paper's order: SRC > NON > SOL-ZO ≥ SOL-FO."""
-    methods = [method for method in ORDER if method in grouped]
-    found = []
-    for worse, better in pairwise(methods):
-        high, low = errors(grouped[worse]), errors(grouped[better])
-        allowed = better == "sol-fo" and worse == "sol-zo"
-        gain = statistics.mean(high) - statistics.mean(low)
-        if not (gain > 0 or (allowed and gain == 0)):  # not finite: an error without bound
-            names = LOOP_NAMES[better], LOOP_NAMES[worse]
-            found.append(
-                f"The error of {names[0]} ({spread(low, 4)}) is not below that of {names[1]} ({spread(high, 4)})."
-            )
-    return found
 
 
 def losses(grouped: Grouped) -> list[str]:
@@ -227,7 +203,7 @@ def _draw(gallery: Gallery, grouped: Grouped, reference: Tensor, animated: bool)
             "Training",
             "Loss of the batch, a moving average; the first seed. Loops of different length have different losses.",
             lambda path: plots.losses(
-                {LOOP_NAMES[method]: several[0].corrected.history for method, several in grouped.items()},
+                {LOOP_NAMES[name]: some[0].corrected.history for name, some in grouped.items() if name != PRETRAINED},
                 path,
                 title="Loss in training",
                 unit="½ Σ error² in variances",

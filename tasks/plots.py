@@ -96,7 +96,7 @@ def read_history(path: Path) -> Curves:
     try:
         lines = list(read(path))
         steps = [line for line in lines if line["kind"] == "step"]
-        tests = [line for line in lines if line["kind"] == "evaluation"]
+        tests = [line for line in lines if "test_accuracy" in line]
         return Curves(
             steps=np.array([line["step"] for line in steps], dtype=np.int64),
             loss=np.array([line["loss"] for line in steps], dtype=np.float64),
@@ -164,6 +164,7 @@ def losses(
                 width = max(1, len(curves.steps) // 20) | 1
                 axes.plot(curves.steps, smooth(curves.loss, width), label=name, **line_style(index))
         axes.set(title=title, xlabel="step", ylabel=unit, yscale="log" if logarithmic else "linear")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         legend_below(figure, axes, columns=columns)
 
 

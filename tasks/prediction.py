@@ -1,25 +1,26 @@
 """What the steps of a training run will take by the cost model, and what share of the machine's peak they reach.
 
-    predicted seconds = seconds of the operations and bytes at one worker's peaks / workers
+    predicted seconds = seconds of the operations and bytes at one worker's peaks, and of starting operators / workers
     share of peak     = operations / (measured seconds · peak operations per second · workers)
 
 Counted are the perturbations of coordinate-wise estimation, beside which a step's base pass is small.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.schema import Experiment
 from deepzero_core.data import BatchSource
 from deepzero_core.estimators.cge import work
-from deepzero_core.perturb import prepare
+from deepzero_core.perturb import Evaluator, prepare
 from deepzero_core.perturb.coordinates import resolve
 from deepzero_core.perturb.cost import Cost
 from deepzero_core.perturb.machine import Machine, measured
@@ -60,18 +61,31 @@ class Yardstick:
         }
 
 
+Prepare = Callable[[nn.Module, Tensor, Tensor], Evaluator]
+_PREPARE: Prepare = partial(prepare, loss_fn=F.cross_entropy)
+
+
 def work_of_a_step(
-    experiment: Experiment, module: nn.Module, batches: BatchSource, coordinates: Coordinates | None
+    experiment: Experiment,
+    module: nn.Module,
+    batches: BatchSource,
+    coordinates: Coordinates | None,
+    prepared: Prepare = _PREPARE,
 ) -> Cost:
-    """The operations and bytes of one step's coordinate-wise estimate; the module stays as it is."""
+    """What one step's coordinate-wise estimate costs; the module stays as it is.
+
+    prepared: gives the evaluator of (module, inputs, targets): that of the training, where there is one.
+    """
+    estimator = experiment.estimator
     inputs, targets = batches.batch(0, 0)
     modes = {part: part.training for part in module.modules()}
     module.train()
     try:
         with preserved_random_state():
-            evaluator = prepare(module, inputs, targets, F.cross_entropy)
+            evaluator = prepared(module, inputs, targets)
             base = evaluator.base(*state_of(module), inputs, targets)
-            return work(evaluator, base, resolve(module, coordinates), experiment.estimator.difference)
+            chosen = resolve(module, coordinates)
+            return work(evaluator, base, chosen, estimator.difference, estimator.memory_mib << 20)
     finally:
         for part, training in modes.items():
             part.training = training

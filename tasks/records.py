@@ -229,6 +229,10 @@ class Cases(Record):
     seconds: float
 
 
+PRETRAINED = "pre-trained"
+"""The method of a corrector that is what all others begin with."""
+
+
 class Corrected(Record):
     """A corrector that a method has trained."""
 
@@ -241,6 +245,10 @@ class Corrected(Record):
     weights_digest: str
     parameters: int
     steps: int
+    kept_step: int
+    """The training step after which it was best on the validation cases; without these the last one."""
+    validation_mae: float | None
+    """Its error there."""
     queries: int
     """Evaluations of the loss on a batch."""
     solver_steps: int

@@ -12,11 +12,11 @@ from torch import Tensor
 from configs.solver_loop import SolverLoop
 from deepzero_core.data.files import write_arrow
 from simulators import methods
-from simulators.cases import Case
 from simulators.measures import mean_absolute_error, relative_error, spectrum_error
 from tasks.couple import corrector_after
-from tasks.loop_problem import Setting, open_simulator
+from tasks.loop_problem import Setting, lowest_reynolds, reference_images
 from tasks.records import Cases, Corrected, RolledOut
+from tasks.solver import open_solver
 from tasks.stage import Stage, Tracking, perform, stage_task
 
 MEASURES = ("mae", "relative_error", "spectrum_error")
@@ -29,7 +29,7 @@ def roll_out(tracking: Tracking, loop: SolverLoop, cases: Cases, corrected: Corr
         "cases": cases.digest,
         "corrector": loop.corrector if corrected.weights else None,
         "weights": corrected.weights_digest,
-        "reynolds": min(*loop.cases.train, *loop.cases.test),
+        "reynolds": lowest_reynolds(loop) if loop.simulator.kind == "wake" else None,
         "frames": loop.rollout.frames,
         "threads": loop.training.threads,
     }
@@ -43,7 +43,7 @@ def _roll_out(stage: Stage, loop: SolverLoop, cases: Cases, corrected: Corrected
     torch.set_num_threads(loop.training.threads)
     started = time.perf_counter()
     frames = loop.rollout.frames
-    with open_simulator(loop) as simulator:
+    with open_solver(loop) as simulator:
         setting = Setting(loop, cases, simulator)
         corrector = None if corrected.weights is None else corrector_after(setting, corrected.seed, corrected).eval()
         images = methods.roll_out(simulator, setting.coupling, corrector, setting.test, frames)
@@ -72,11 +72,6 @@ def _roll_out(stage: Stage, loop: SolverLoop, cases: Cases, corrected: Corrected
         steps_per_second=speed,
         seconds=time.perf_counter() - started,
     )
-
-
-def reference_images(coupling: methods.Coupling, cases: list[Case], frames: int) -> Tensor:
-    """[T, N, C, …]: what a roll-out is compared with, from the second frame on."""
-    return torch.stack([coupling.image(case.frames)[1 : frames + 1] for case in cases], 1)
 
 
 def errors_of(images: Tensor, reference: Tensor) -> dict[str, Tensor]:

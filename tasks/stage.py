@@ -9,6 +9,7 @@ finds its folder again and goes on from what is there.
 import functools
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
@@ -21,7 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 import filelock
 from prefect import task
 from prefect.states import Completed, State
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 import deepzero_core
 import infra
@@ -31,6 +32,8 @@ from infra.home import home
 from tasks.progress import concluded, skipped
 from tasks.records import Record
 from tasks.tracking import Run
+
+_log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Record)
 P = ParamSpec("P")
@@ -44,11 +47,18 @@ class Tracking(Record):
 
 
 class Completion(Record):
-    """The content of `record.json`: the stage's record and the MLflow run that made it."""
+    """The content of `record.json`: the stage's record, the MLflow run that made it, and sums that tell damage."""
 
     record: dict[str, Any]
     metrics: dict[str, float]
     run_id: str
+    files: dict[str, str]
+    """sha256 of what the stage has made, by name below its folder."""
+
+    @property
+    def sum(self) -> str:
+        """sha256 of all of the above."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
@@ -107,8 +117,14 @@ def perform(
             started = time.monotonic()
             stage = Stage(title, folder, run, {})
             record = work(stage)
-            completion = Completion(record=record.model_dump(mode="json"), metrics=stage.metrics, run_id=run.run_id)
-            write_atomically(folder / "record.json", completion.model_dump_json(indent=2))
+            completion = Completion(
+                record=record.model_dump(mode="json"),
+                metrics=stage.metrics,
+                run_id=run.run_id,
+                files={name: _sum(folder / name) for name in _made(folder)},
+            )
+            document = {**completion.model_dump(mode="json"), "sum": completion.sum}
+            write_atomically(folder / "record.json", json.dumps(document, indent=2))
         concluded(title, time.monotonic() - started)
         return record
 
@@ -156,14 +172,52 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def _completed(folder: Path, kind: type[R]) -> tuple[Completion, R] | None:
-    """What an earlier run left, unless it is incomplete, unreadable or names files that are gone."""
-    try:
-        completion = Completion.model_validate_json((folder / "record.json").read_text(encoding="utf-8"))
-        record = kind.model_validate(completion.record)
-    except (OSError, ValidationError, UnicodeDecodeError):
+    """What an earlier run left, unless it is incomplete, or no longer what was written: then a warning says so."""
+    file = folder / "record.json"
+    if not file.exists():
         return None
-    named = [value for value in dict(record).values() if isinstance(value, Path)]
-    return (completion, record) if all(path.exists() for path in named) else None
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        expected = document.pop("sum")
+        completion = Completion.model_validate(document)
+        record = kind.model_validate(completion.record)
+        damaged = [file] if completion.sum != expected else list(_differing(folder, completion))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # whatever stands in it
+        damaged = [file]
+    if not damaged:
+        named = [value for value in dict(record).values() if isinstance(value, Path)]
+        damaged = [path for path in named if not path.exists()]
+    if damaged:
+        _log.warning("%s is damaged or gone: the stage %s is done again", damaged[0], folder.parent.name)
+        return None
+    return completion, record
+
+
+# Grown on after the stage has ended, or of no use then.
+_PASSING = {"lock", "record.json"}
+_LIVING = {".sqlite", ".sqlite-wal", ".sqlite-shm", ".ckpt", ".part"}
+
+
+def _made(folder: Path) -> list[str]:
+    """What a stage has made, by name below its folder."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in _PASSING and path.suffix not in _LIVING and not path.name.startswith(".")
+    )
+
+
+def _differing(folder: Path, completion: Completion) -> Iterator[Path]:
+    """Files that are no longer what the stage made."""
+    for name, expected in completion.files.items():
+        path = folder / name
+        if not path.is_file() or _sum(path) != expected:
+            yield path
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(value: Any) -> Any:

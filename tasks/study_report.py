@@ -48,7 +48,7 @@ def write_study_report(
     """
     done = [outcome for outcome in outcomes if outcome.studied is not None]
     if not done:
-        raise WorkError(f"all {len(outcomes)} runs of the study failed; the first: {outcomes[0].error}")
+        raise WorkError(f"no run of the study came to anything; the first failed with: {outcomes[0].error}")
     measures = measures_of(study, done)
     failed = [f"{_label(outcome)}, seed {outcome.seed}: {outcome.error}" for outcome in outcomes if outcome.error]
     result = {

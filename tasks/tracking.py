@@ -3,6 +3,9 @@
 Every call names its run: nothing here touches MLflow's thread-local active run, so runs of several threads and stages
 do not mix. The store is `$MLFLOW_TRACKING_URI` where that is set, else a SQLite file below deepzero's home.
 
+What a run tells goes through a file (`tasks.spool`), so that neither a store that is away nor a kill loses any of it:
+the work goes on meanwhile, and `tasks.delivery` makes up for it later.
+
 A process that is killed cannot end its runs. They carry the process's id and starting time, and the next `initialise`
 on the same machine ends what no living process owns.
 """
@@ -10,28 +13,24 @@ on the same machine ends what no living process owns.
 import json
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
+from uuid import uuid4
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import LoggedModel, LoggedModelOutput
 
 from deepzero_core.errors import RequestError, WorkError
+from infra.home import home
+from tasks.delivery import ID, Outbox, RefusedError, UnavailableError, asking, create, head, now_ms
 from tasks.environment import environment, git_state
-from tasks.tracking_store import (
-    REASON,
-    STORE_ERRORS,
-    initialise,
-    one_line,
-    owner,
-    recording,
-    run_url,
-    tracking_uri,
-    ui_command,
-)
+from tasks.gate import gate
+from tasks.spool import Spool, SpoolInUseError, place
+from tasks.tracking_store import REASON, initialise, one_line, owner, run_url, tracking_uri, ui_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,9 +39,7 @@ __all__ = ["Run", "environment", "initialise", "metrics_of", "run_url", "trackin
 
 _log = logging.getLogger(__name__)
 
-# Limits of MLflow on one request and one value.
-METRICS_PER_BATCH = 1000
-_PARAMS_PER_BATCH = 100
+# Limits of MLflow on one value.
 _PARAM_CHARACTERS = 6000
 _TAG_CHARACTERS = 8000
 
@@ -68,7 +65,11 @@ _STEP_METRICS = {
     "crashed": ("simulator/crashed", 1.0),
     "restarts": ("simulator/restarts", 1.0),
 }
-_EVALUATION_METRICS = {"test_accuracy": ("test/accuracy", 1.0), "test_loss": ("test/loss", 1.0)}
+_EVALUATION_METRICS = {
+    "test_accuracy": ("test/accuracy", 1.0),
+    "test_loss": ("test/loss", 1.0),
+    "validation_mae": ("validation/mae", 1.0),
+}
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -85,15 +86,19 @@ class Run:
     Not for several threads at once: give each its own run.
     """
 
-    def __init__(self, client: MlflowClient, experiment_id: str, run_id: str, *, last_steps: dict[str, int]) -> None:
+    def __init__(self, outbox: Outbox, experiment_id: str, *, last_steps: dict[str, int]) -> None:
         """Use `start` or `resume`."""
         self.experiment_id = experiment_id
-        self.run_id = run_id
-        self._client = client
+        self._outbox = outbox
         self._last_steps = last_steps
-        self._points: list[Metric] = []
+        self._waiting = 0
         self._flushed = time.monotonic()
         self._ended = False
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; until MLflow has been told of it, one of our own, which its tag deepzero.id keeps."""
+        return self._outbox.run_id
 
     @classmethod
     def start(
@@ -117,12 +122,16 @@ class Run:
             params: settings, nested mappings allowed: {"data": {"name": "digits"}} is logged as data.name. Values
                 longer than MLflow takes are cut, and the artifact config/params.json then holds them all, whole.
 
+        Where MLflow is away, a run with a parent begins all the same and MLflow is told later.
+
         Raises:
             WorkError: MLflow did not take it.
         """
         commit, dirty = git_state(Path(__file__).resolve().parent.parent)
+        own = uuid4().hex
         standard = {
             **owner(),
+            ID: own,
             "mlflow.source.name": "deepzero",
             "mlflow.source.type": "LOCAL",
             "mlflow.source.git.commit": commit,
@@ -134,10 +143,8 @@ class Run:
         if description is not None:
             standard["mlflow.note.content"] = description
         given = {key: str(value)[:_TAG_CHARACTERS] for key, value in (tags or {}).items()}
-        with recording(f"run {name!r}"):
-            client = MlflowClient(tracking_uri=tracking_uri())
-            created = client.create_run(experiment_id, run_name=name, tags={**given, **standard})
-        run = cls(client, experiment_id, created.info.run_id, last_steps={})
+        entry = {"experiment_id": experiment_id, "name": name, "tags": {**given, **standard}, "time": now_ms()}
+        run = cls(_begin(entry, own, may_wait=parent is not None), experiment_id, last_steps={})
         run.params(params or {})
         return run
 
@@ -150,81 +157,79 @@ class Run:
         Raises:
             RequestError: there is no such run.
         """
-        client = MlflowClient(tracking_uri=tracking_uri())
+        outbox, experiment_id, last = _outbox_of(run_id), "", {}
         try:
-            found = client.get_run(run_id)
-        except STORE_ERRORS as error:
-            raise RequestError(f"MLflow run {run_id} cannot be resumed: {one_line(error)}") from error
-        with recording(f"the resumption of run {run_id}"):
-            client.update_run(run_id, status="RUNNING")
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in owner().items()])
-            if REASON in found.data.tags:
-                client.delete_tag(run_id, REASON)
-            last = {key: max(p.step for p in client.get_metric_history(run_id, key)) for key in found.data.metrics}
-        return cls(client, found.info.experiment_id, run_id, last_steps=last)
+            if outbox.try_to_deliver():
+                with asking(outbox.gate, f"the resumption of run {run_id}"):
+                    found = outbox.client.get_run(run_id)
+                    experiment_id = found.info.experiment_id
+                    histories = {key: outbox.client.get_metric_history(run_id, key) for key in found.data.metrics}
+                last = {key: max(point.step for point in points) for key, points in histories.items()}
+            else:
+                outbox.suspect()
+            outbox.say({"kind": "reopen", "tags": owner()})
+        except RefusedError as error:
+            _drop(outbox)
+            reason = one_line(error.__cause__ or error)
+            raise RequestError(f"MLflow run {run_id} cannot be resumed: {reason}") from error
+        except UnavailableError:
+            outbox.suspect()
+            outbox.put({"kind": "reopen", "tags": owner()})
+        return cls(outbox, experiment_id, last_steps=last)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record numbers at a step. They are sent in batches, every few seconds or when `flush` is called.
+        """Record numbers at a step. They are kept on disk at once, and sent in batches, every few seconds or when
+        `flush` is called; a store that does not answer in the meantime costs nothing.
 
-        A store that does not answer in the meantime costs nothing: the numbers wait for the next attempt.
+        Raises:
+            WorkError: the disk does not take them.
         """
-        now = int(time.time() * 1000)
-        self._points += [
-            Metric(key, float(value), now, step)
+        now = now_ms()
+        points = [
+            (key, float(value), now, step)
             for key, value in values.items()
             if step > self._last_steps.get(key, step - 1)
         ]
-        if len(self._points) >= _FLUSH_POINTS or time.monotonic() - self._flushed >= _FLUSH_SECONDS:
-            try:
-                self.flush()
-            except WorkError as error:
-                _log.warning("%s; metrics that wait for the next attempt: %d", error, len(self._points))
+        if not points:
+            return
+        self._outbox.put({"kind": "metrics", "points": points})
+        self._waiting += len(points)
+        if self._waiting >= _FLUSH_POINTS or time.monotonic() - self._flushed >= _FLUSH_SECONDS:
+            self._send()
 
     def flush(self) -> None:
-        """Send what waits. WorkError when MLflow does not take it; it then waits on."""
-        self._flushed = time.monotonic()
-        while self._points:
-            batch = self._points[:METRICS_PER_BATCH]
-            with recording(f"{len(batch)} metrics"):
-                self._client.log_batch(self.run_id, metrics=batch)
-            del self._points[: len(batch)]
+        """Send what waits, if the store is there; if it is not, make sure that it survives a loss of power."""
+        if not self._send():
+            self._outbox.spool.sync()
 
     def tags(self, values: Mapping[str, object]) -> None:
         """Set tags."""
-        tags = [RunTag(key, str(value)[:_TAG_CHARACTERS]) for key, value in values.items()]
-        with recording("tags"):
-            self._client.log_batch(self.run_id, tags=tags)
+        self._say({"kind": "tags", "values": {key: str(value)[:_TAG_CHARACTERS] for key, value in values.items()}})
 
     def params(self, params: Mapping[str, object]) -> None:
         """Record settings, as `start` does."""
         flat = dict(_flattened(params))
-        logged = [Param(key, _shortened(value)) for key, value in flat.items()]
-        with recording("parameters"):
-            for start in range(0, len(logged), _PARAMS_PER_BATCH):
-                self._client.log_batch(self.run_id, params=logged[start : start + _PARAMS_PER_BATCH])
+        if flat:
+            self._say({"kind": "params", "values": {key: _shortened(value) for key, value in flat.items()}})
         if any(len(value) > _PARAM_CHARACTERS for value in flat.values()):
             self.text(json.dumps(params, indent=2, default=str), "config/params.json")
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a file, or what a folder holds, into the run's artifacts, below `folder`."""
-        log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        with recording(f"artifact {path}"):
-            log(self.run_id, str(path), folder)
+        self._outbox.file(path, folder)
 
     def text(self, text: str, name: str) -> None:
         """Write an artifact `name`, such as config/experiment.yaml."""
-        with recording(f"artifact {name}"):
-            self._client.log_text(self.run_id, text, name)
+        folder, _, file = name.rpartition("/")
+        with tempfile.TemporaryDirectory(prefix="deepzero-text-") as temporary:
+            path = Path(temporary) / file
+            path.write_text(text, encoding="utf-8")
+            self.artifact(path, folder or None)
 
     def dataset(self, name: str, digest: str, facts: Mapping[str, object]) -> None:
         """Show the data that the run reads; `facts`, such as counts and licence, are shown with it."""
-        profile, source = json.dumps(facts, default=str), json.dumps({"name": name})
-        # MLflow takes 36 characters of a digest.
-        dataset = Dataset(name=name, digest=digest[:36], source_type="deepzero", source=source, profile=profile)
-        with recording(f"data set {name!r}"):
-            self._client.log_inputs(
-                self.run_id, datasets=[DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])]
-            )
+        plain = json.loads(json.dumps(facts, default=str))
+        self._say({"kind": "dataset", "name": name, "digest": digest, "facts": plain})
 
     def model(self, module: "nn.Module", example: "Tensor", name: str) -> str:
         """Log a network so that `mlflow.pytorch.load_model(uri)` gives back its scores, for any size of batch.
@@ -249,32 +254,43 @@ class Run:
     def saved_model(self, name: str, save: Callable[[Path, LoggedModel], None]) -> str:
         """Log what `save` writes, in MLflow's format, into the new folder it is given; the URI, models:/m-….
 
+        The store has to be there: it names the model.
+
         Raises:
             WorkError: MLflow did not take it; and whatever `save` raises.
         """
-        with tempfile.TemporaryDirectory(prefix="deepzero-model-") as temporary, recording(f"model {name!r}"):
-            logged = self._client.create_logged_model(self.experiment_id, name=name, source_run_id=self.run_id)
+        self._outbox.try_to_deliver()
+        client = self._outbox.client
+        with (
+            tempfile.TemporaryDirectory(prefix="deepzero-model-") as temporary,
+            asking(self._outbox.gate, f"model {name!r}"),
+        ):
+            experiment_id = self.experiment_id or client.get_run(self.run_id).info.experiment_id
+            logged = client.create_logged_model(experiment_id, name=name, source_run_id=self.run_id)
             status: Literal["READY", "FAILED"] = "FAILED"
             try:
                 path = Path(temporary) / "model"
                 save(path, logged)
-                self._client.log_model_artifacts(logged.model_id, str(path))
-                self._client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+                client.log_model_artifacts(logged.model_id, str(path))
+                client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step=0)])
                 status = "READY"
             finally:
-                self._client.finalize_logged_model(logged.model_id, status)
+                client.finalize_logged_model(logged.model_id, status)
         return str(logged.model_uri)
 
     def end(self, status: str = "FINISHED", reason: str | None = None) -> None:
-        """Send what waits and end the run as FINISHED, FAILED or KILLED; ending it again does nothing."""
+        """End the run as FINISHED, FAILED or KILLED, after all that waits; ending it again does nothing."""
         if self._ended:
             return
-        if reason is not None:
-            self.tags({REASON: reason})
-        self.flush()
-        with recording(f"the end of run {self.run_id}"):
-            self._client.set_terminated(self.run_id, status)
         self._ended = True
+        try:
+            if reason is not None:
+                self._outbox.put({"kind": "tags", "values": {REASON: reason[:_TAG_CHARACTERS]}})
+            self._outbox.say({"kind": "end", "status": status, "time": now_ms()})
+        except WorkError as error:
+            _log.warning("%s", error)
+        finally:
+            _drop(self._outbox)
 
     def __enter__(self) -> Self:
         return self
@@ -286,10 +302,19 @@ class Run:
             self.end()
             return
         # What ends a process (KeyboardInterrupt, SystemExit, Prefect's TerminationSignal) is no Exception.
+        self.end("FAILED" if isinstance(error, Exception) else "KILLED", reason=one_line(error))
+
+    def _say(self, entry: Mapping[str, Any]) -> None:
+        self._outbox.say(entry)
+        self._waiting = 0
+
+    def _send(self) -> bool:
+        """Deliver what waits; whether nothing is left. What is refused has been put aside, with a warning."""
+        self._flushed, self._waiting = time.monotonic(), 0
         try:
-            self.end("FAILED" if isinstance(error, Exception) else "KILLED", reason=one_line(error))
-        except WorkError as second:
-            _log.warning("%s", second)  # the first error is the one to be told
+            return self._outbox.try_to_deliver()
+        except RefusedError:
+            return True
 
 
 def _flattened(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -302,3 +327,47 @@ def _flattened(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple
 
 def _shortened(value: str) -> str:
     return value if len(value) <= _PARAM_CHARACTERS else f"{value[: _PARAM_CHARACTERS - 1]}…"
+
+
+# One outbox for each run of this process, however many `Run`s speak for it: what they tell stays in order.
+_outboxes: dict[str, Outbox] = {}
+_outboxes_turn = threading.Lock()
+
+
+def _outbox_of(run_id: str, *, began: bool = True) -> Outbox:
+    with _outboxes_turn:
+        if run_id in _outboxes:
+            return _outboxes[run_id]
+        path, number = place(home(), run_id), 1
+        while True:
+            try:
+                existed = path.exists()
+                spool = Spool(path, head(run_id, began=began))
+            except SpoolInUseError:  # another process speaks for the same run
+                path, number = place(home(), f"{run_id}-{number}"), number + 1
+                continue
+            outbox = Outbox(spool, str(spool.head.get("run_id", run_id)), began=began, doubt=existed)
+            _outboxes[run_id] = outbox
+            return outbox
+
+
+def _drop(outbox: Outbox) -> None:
+    with _outboxes_turn:
+        for run_id in [key for key, value in _outboxes.items() if value is outbox]:
+            del _outboxes[run_id]
+    outbox.close()
+
+
+def _begin(entry: Mapping[str, Any], own: str, *, may_wait: bool) -> Outbox:
+    """Create a run, now or, where it may wait, when MLflow is there again; `own`: what it is called until then."""
+    door = gate(tracking_uri())
+    if not may_wait or door.passable():
+        try:
+            with asking(door, f"run {entry['name']!r}"):
+                return _outbox_of(create(MlflowClient(tracking_uri=tracking_uri()), entry))
+        except UnavailableError:
+            if not may_wait:
+                raise
+    outbox = _outbox_of(own, began=False)
+    outbox.put({"kind": "create", **entry})
+    return outbox

@@ -5,9 +5,8 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 import psutil
@@ -18,9 +17,13 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from deepzero_core.errors import DeepZeroError, RequestError, WorkError
+from infra.hidden import hidden
 from infra.home import home, mlflow_artifacts, mlflow_database
 from infra.stack.state import joined
+from tasks import gate
 from tasks.environment import host
+
+T = TypeVar("T")
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 UI = "http://127.0.0.1:5000"
@@ -35,7 +38,6 @@ _EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": "Networks trained by deepzero. Each flow is a run; its stages are the runs below it.",
 }
-_REMOTE = ("http://", "https://")
 
 
 def tracking_uri() -> str:
@@ -52,7 +54,8 @@ def store_exists() -> bool:
 
 
 def initialise(name: str) -> str:
-    """Make the store ready, end what killed processes left running, and return the id of experiment `name`.
+    """Make the store ready, tell it what earlier runs could not, end what killed processes left running, and return the
+    id of experiment `name`.
 
     To be called once, by the process that starts the others: processes that meet a fresh SQLite store at the same time
     die in its migrations. A lock file makes several such calls harmless.
@@ -61,6 +64,24 @@ def initialise(name: str) -> str:
         RequestError: the store that the user named does not open.
         WorkError: deepzero's own store does not open, or another process keeps it locked.
     """
+    from tasks.waiting import deliver_waiting  # which needs this module
+
+    def opened(client: MlflowClient) -> str:
+        experiment = _experiment(client, name)
+        deliver_waiting()
+        _reap(client)
+        return experiment
+
+    return with_store(opened)
+
+
+def with_store(use: Callable[[MlflowClient], T]) -> T:
+    """Make the store ready and do something with it that no other process of this home does meanwhile.
+
+    Raises:
+        RequestError, WorkError: see `initialise`.
+    """
+    gate.configure()
     for chatty in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     uri, base = tracking_uri(), home()
@@ -70,22 +91,19 @@ def initialise(name: str) -> str:
         if not os.environ.get(VARIABLE):
             mlflow_database(base).parent.mkdir(parents=True, exist_ok=True)
         with FileLock(base / "mlflow.lock", timeout=_LOCK_SECONDS):
-            client = MlflowClient(tracking_uri=uri)
-            experiment = _experiment(client, name)
-            _reap(client)
+            return use(MlflowClient(tracking_uri=uri))
     except Timeout:
         raise WorkError(f"another process has kept {base / 'mlflow.lock'} locked for {_LOCK_SECONDS:.0f} s") from None
     except STORE_ERRORS as error:
         kind = RequestError if os.environ.get(VARIABLE) else WorkError
         where = f"{VARIABLE}={without_password(uri)}" if kind is RequestError else f"the MLflow store {uri}"
         raise kind(f"{where} does not open: {one_line(error)}; `deepzero doctor` tells more") from error
-    return experiment
 
 
 def ui_command() -> str | None:
     """The command line that shows the runs in a browser; None where $MLFLOW_TRACKING_URI is a server that does."""
     uri = tracking_uri()
-    if uri.startswith(_REMOTE):
+    if uri.startswith(gate.REMOTE):
         return None
     address = urlsplit(UI)
     options = {
@@ -101,33 +119,24 @@ def ui_command() -> str | None:
 def run_url(experiment_id: str, run_id: str) -> str:
     """The run's page, once `ui_command` runs, among the pages for models and not those for language applications."""
     uri = tracking_uri()
-    server = _without_user(uri).rstrip("/") if uri.startswith(_REMOTE) else UI
+    server = _without_user(uri).rstrip("/") if uri.startswith(gate.REMOTE) else UI
     return f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
 def artifact_url(run_id: str, path: str) -> str | None:
     """Where a browser finds an artifact of a run; None where no MLflow server keeps it."""
     uri = tracking_uri()
-    if not uri.startswith(_REMOTE):
+    if not uri.startswith(gate.REMOTE):
         return None
     return f"{_without_user(uri).rstrip('/')}/get-artifact?{urlencode({'path': path, 'run_uuid': run_id})}"
 
 
 def one_line(error: BaseException) -> str:
     """The error as the one line that fits into a tag or a message."""
-    text = " ".join(str(error).split())
+    text = hidden(" ".join(str(error).split()))
     if isinstance(error, DeepZeroError) and text:
         return text[:500]
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
-
-
-@contextmanager
-def recording(what: str) -> Iterator[None]:
-    """Turn the errors of the store into WorkErrors that say what was lost."""
-    try:
-        yield
-    except STORE_ERRORS as error:
-        raise WorkError(f"MLflow did not take {what}: {one_line(error)}") from error
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
@@ -137,7 +146,7 @@ def _experiment(client: MlflowClient, name: str) -> str:
             client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
     # A server has a place of its own; a database without one would put artifacts into the working directory.
-    place = None if tracking_uri().startswith(_REMOTE) else mlflow_artifacts(home()).as_uri()
+    place = None if tracking_uri().startswith(gate.REMOTE) else mlflow_artifacts(home()).as_uri()
     return str(client.create_experiment(name, artifact_location=place, tags=_EXPERIMENT_TAGS))
 
 

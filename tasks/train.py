@@ -34,7 +34,7 @@ from infra.forward import DistributedCGE
 from infra.problem import Problem
 from tasks.evaluate import score
 from tasks.loop import Loop
-from tasks.prediction import Yardstick, work_of_a_step
+from tasks.prediction import Prepare, Yardstick, work_of_a_step
 from tasks.problem import problem_of, test_batches, training_steps
 from tasks.records import Prepared, Pruned, Trained
 from tasks.stage import Stage, Tracking, perform, stage_task
@@ -74,11 +74,12 @@ def _train(stage: Stage, experiment: Experiment, prepared: Prepared, pruned: Pru
     problem = problem_of(experiment, prepared)
     module, batches = problem.build_module(), problem.build_batches()
     with _source(experiment, problem, method) as source:
-        trainer = Trainer(module, batches, source, _settings(experiment, batches, pruned, method))
+        trainer = Trainer(module, batches, source, settings_of(experiment, batches, pruned, method))
         loop = Loop(stage, trainer, experiment.training.checkpoint_every)
         _log_masks(stage, trainer)
         yardstick = Yardstick.of(experiment)
-        loop.expected = _predict(stage, experiment, trainer, yardstick, batches) if method == "cge" else None
+        if isinstance(source, CGESource | DistributedCGE):
+            loop.expected = _predict(stage, experiment, trainer, yardstick, batches, source.prepared)
         loop.line = _line(trainer, yardstick, _forward_flops(module, batches))
         loop.evaluation = _evaluation(stage, experiment, trainer, test_batches(experiment, prepared))
         loop.run()
@@ -101,12 +102,17 @@ def _train(stage: Stage, experiment: Experiment, prepared: Prepared, pruned: Pru
 
 
 def _predict(
-    stage: Stage, experiment: Experiment, trainer: Trainer, yardstick: Yardstick, batches: BatchSource
+    stage: Stage,
+    experiment: Experiment,
+    trainer: Trainer,
+    yardstick: Yardstick,
+    batches: BatchSource,
+    prepared: Prepare,
 ) -> float | None:
     """Seconds of the next step by the cost model, logged with those of the whole run; None where it has no say."""
     if trainer.step == trainer.settings.steps:
         return None
-    cost = work_of_a_step(experiment, trainer.module, batches, trainer.coordinates())
+    cost = work_of_a_step(experiment, trainer.module, batches, trainer.coordinates(), prepared)
     if not cost.flops:
         return None
     seconds, steps = yardstick.seconds(cost), trainer.settings.steps
@@ -156,7 +162,7 @@ def _log_masks(stage: Stage, trainer: Trainer) -> None:
         stage.run.artifact(path, "masks")
 
 
-def _settings(experiment: Experiment, batches: BatchSource, pruned: Pruned, method: str) -> TrainingSettings:
+def settings_of(experiment: Experiment, batches: BatchSource, pruned: Pruned, method: str) -> TrainingSettings:
     training = experiment.training
     per_epoch = batches.steps_per_epoch
     steps = training_steps(experiment, batches)

@@ -31,7 +31,7 @@ _AT_ONCE = 1024
 def examine(tracking: Tracking, defence: Defence, prepared: Prepared) -> State[Victim] | Victim:
     """The classifier, its answers to the training images and its accuracy on the test images."""
     # What may be spent, how fast and at what price does not change what it answers.
-    unchanged = {"budget", "price_per_thousand", "images_per_second", "batch_size", "cache"}
+    unchanged = {"budget", "price_per_thousand", "images_per_second", "calls_per_second", "batch_size", "cache"}
     inputs = {
         "data": prepared,
         "limits": [defence.data.train_limit, defence.data.test_limit],
@@ -91,6 +91,7 @@ def description(folder: Path, defence: Defence) -> dict[str, Any]:
         ("batch_size", victim.batch_size),
         ("budget", victim.budget),
         ("examples_per_second", victim.images_per_second),
+        ("calls_per_second", victim.calls_per_second),
         ("price_per_thousand", victim.price_per_thousand),
     ):
         settings |= {} if value is None else {key: value}

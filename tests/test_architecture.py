@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.catalogue import ENTRYPOINTS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("deepzero_core", "configs", "infra", "simulators", "tasks", "flows")
 
@@ -90,6 +92,20 @@ def test_the_core_is_imported_without_orchestration() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("flow", ENTRYPOINTS)
+def test_what_a_run_does_is_planned_before_prefect_reads_its_settings(flow: str, tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, configs\nfrom flows.run import PLANS\n"
+        f"experiment = configs.load('smoke', flow={flow!r})\n"
+        f"PLANS[type(experiment)]({flow!r}, experiment, pathlib.Path({str(tmp_path)!r}))\n"
+        "print('prefect' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
+    )
+    assert done.stdout.strip() == "False", done.stderr
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import accuracy, baselines, certification, models, physics, plot, ratios, simulators
+from benchmarks import accuracy, baselines, certification, fan_out, models, physics, plot, ratios, simulators
 from benchmarks.__main__ import main
 from benchmarks.bars import Bar
 from benchmarks.baselines import Slopes
@@ -246,6 +246,7 @@ def test_accuracy_is_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFi
         (["accuracy", "--precision", "nonsense"], "valid are"),
         (["certification", "--case", "digit"], "did you mean 'digits'?"),
         (["simulators", "--case", "wakes"], "did you mean 'wake'?"),
+        (["fan-out", "--case", "wait"], "did you mean 'waiting'?"),
     ],
 )
 def test_a_wrong_request_is_answered_in_a_sentence(
@@ -253,6 +254,19 @@ def test_a_wrong_request_is_answered_in_a_sentence(
 ) -> None:
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_slow_program_is_shared_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fan_out, "EACH_S", 0.002)
+    monkeypatch.setattr(fan_out, "SIMULATIONS", 8)
+    target = tmp_path / "shared.json"
+    assert main(["fan-out", "--repeats", "1", "--threads", "1", "--json", str(target)]) == 0
+    found = {shared["case"]: shared["seconds"] for shared in json.loads(target.read_text())["fan-out"]}
+    assert set(found) == {"computing", "waiting"}
+    assert all(seconds >= 0.004 for several in found.values() for seconds in several.values())
+    assert "2 workers beside 1" in capsys.readouterr().out
 
 
 def test_peak_memory_is_that_of_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

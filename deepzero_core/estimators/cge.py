@@ -85,7 +85,7 @@ def cge(
         base.loss.item(),
         base.outputs,
         base.buffers,
-        work(evaluator, base, chosen, difference),
+        work(evaluator, base, chosen, difference, memory),
     )
 
 
@@ -99,9 +99,9 @@ def slope(
     return above / mu
 
 
-def work(evaluator: Evaluator, base: BasePass, coordinates: Mapping[str, Tensor], difference: str) -> Cost:
+def work(evaluator: Evaluator, base: BasePass, coordinates: Mapping[str, Tensor], difference: str, memory: int) -> Cost:
     """What an estimate of these coordinates costs beside its base pass."""
-    return work_of(evaluator, base, coordinates) * (2 if difference == "central" else 1)
+    return work_of(evaluator, base, coordinates, memory) * (2 if difference == "central" else 1)
 
 
 def queries(coordinates: int, difference: str) -> int:

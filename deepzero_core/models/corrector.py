@@ -33,7 +33,7 @@ class ResidualCorrector(nn.Module):
     def __init__(self, channels: int, *, width: int = 32, blocks: int = 5, padding: Padding = "zeros") -> None:
         super().__init__()
         _check(padding, channels, width, blocks)
-        conv = partial(_conv5x5, padding=padding)
+        conv = partial(_conv, padding=padding)
         self.first = conv(channels, width)
         self.blocks = nn.ModuleList(_Block(width, conv) for _ in range(blocks))
         self.last = _gentle(conv(width, 2))
@@ -47,18 +47,25 @@ class ResidualCorrector(nn.Module):
 
 
 class PlainCorrector(nn.Module):
-    """A chain of conv5×5, ReLU between them, to 2 channels; 56,898 parameters of widths 32 and 64 at 3 channels.
+    """A chain of k×k convolutions, ReLU between them, to 2 channels; 56,898 parameters of widths 32, 64 at 3 channels.
 
-    Source: Um et al. 2020. RequestError: an unknown padding, no widths or one below 1.
+    kernel: k, odd; that of the source is 5. Few weights serve better with 3.
+
+    Source: Um et al. 2020. RequestError: an unknown padding, no widths or one below 1, an even kernel.
     """
 
-    def __init__(self, channels: int, *, widths: Sequence[int] = (32, 64), padding: Padding = "zeros") -> None:
+    def __init__(
+        self, channels: int, *, widths: Sequence[int] = (32, 64), kernel: int = 5, padding: Padding = "zeros"
+    ) -> None:
         super().__init__()
         _check(padding, channels, len(widths), *widths)
+        if kernel < 1 or kernel % 2 == 0:
+            raise RequestError(f"the kernel of a corrector must be odd, for fields to keep their size, not {kernel}")
         sizes = (channels, *widths)
-        hidden = [_conv5x5(*pair, padding=padding) for pair in itertools.pairwise(sizes)]
-        self.layers = nn.Sequential(*(part for conv in hidden for part in (conv, nn.ReLU())))
-        self.last = _gentle(_conv5x5(sizes[-1], 2, padding=padding))
+        conv = partial(_conv, padding=padding, kernel=kernel)
+        hidden = [conv(*pair) for pair in itertools.pairwise(sizes)]
+        self.layers = nn.Sequential(*(part for each in hidden for part in (each, nn.ReLU())))
+        self.last = _gentle(conv(sizes[-1], 2))
 
     def forward(self, x: Tensor) -> Tensor:
         corrected: Tensor = self.last(self.layers(x))
@@ -99,8 +106,8 @@ def _check(padding: Padding, *sizes: int) -> None:
         raise RequestError(f"channels, widths and blocks of a corrector must be at least 1, not {min(sizes)}")
 
 
-def _conv5x5(channels: int, width: int, *, padding: Padding) -> nn.Conv2d:
-    return nn.Conv2d(channels, width, kernel_size=5, padding=2, padding_mode=padding)
+def _conv(channels: int, width: int, *, padding: Padding, kernel: int = 5) -> nn.Conv2d:
+    return nn.Conv2d(channels, width, kernel_size=kernel, padding=kernel // 2, padding_mode=padding)
 
 
 def _gentle(conv: nn.Conv2d) -> nn.Conv2d:

@@ -2,12 +2,15 @@
 
 import sqlite3
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from os import PathLike
 from typing import Any, Protocol
 
 from deepzero_core.oracle.database import Database
 from deepzero_core.oracle.protocol import QueryBudgetError
+from deepzero_core.oracle.rate import Bookings, MemoryBookings, next_free
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Usage:
         return Usage(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
-class Account(Protocol):
-    """Where the counts of a black box are kept."""
+class Account(Bookings, Protocol):
+    """Where the counts of a black box are kept, and how fast it may be asked: whoever shares it shares both."""
 
     @property
     def usage(self) -> Usage: ...
@@ -49,6 +52,7 @@ class MemoryAccount:
 
     def __init__(self, usage: Usage | None = None) -> None:
         self.usage = usage or Usage()
+        self._bookings = MemoryBookings()
         self._lock = threading.Lock()
 
     def add(self, usage: Usage, *, budget: int | None = None) -> None:
@@ -58,6 +62,10 @@ class MemoryAccount:
             refuse_over(budget, self.usage.examples, usage.examples)
             self.usage = total
 
+    def book(self, pace: str, seconds: float) -> float:
+        """See `Bookings.book`."""
+        return self._bookings.book(pace, seconds)
+
     def close(self) -> None:
         """Nothing is held open."""
 
@@ -65,32 +73,35 @@ class MemoryAccount:
         return {"usage": self.usage}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.usage = state["usage"]
-        self._lock = threading.Lock()
+        MemoryAccount.__init__(self, state["usage"])
 
 
 _COLUMNS = [f.name for f in fields(Usage)]
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS accounts (name TEXT PRIMARY KEY, examples INTEGER NOT NULL, calls INTEGER NOT NULL, "
     "cached INTEGER NOT NULL, retries INTEGER NOT NULL, seconds REAL NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS paces (account TEXT NOT NULL, pace TEXT NOT NULL, booked_at REAL NOT NULL, "
+    "free_at REAL NOT NULL, PRIMARY KEY (account, pace))",
 )
 
 
 class StoredAccount:
     """Counts in a SQLite file: a budget that holds for several processes together and outlives a killed one.
 
-    An example is on the account before it is sent, so that what was spent is never forgotten.
+    An example is on the account before it is sent, so that what was spent is never forgotten. Paces are kept beside the
+    counts: the processes together are as fast as one alone may be.
 
     Args:
         path: the file, made where it is not there; any number of accounts may be in it.
         name: the account, e.g. of one run.
+        clock: the time of day, by which the processes agree.
 
     Raises:
         RequestError: a place that cannot be written to, a file of something else, or a damaged one.
     """
 
-    def __init__(self, path: str | PathLike[str], name: str) -> None:
-        self.name = name
+    def __init__(self, path: str | PathLike[str], name: str, *, clock: Callable[[], float] = time.time) -> None:
+        self.name, self._clock = name, clock
         self._database = Database(
             path, schema=_SCHEMA, application_id=0x447A4163, what="query account", replaceable=False
         )
@@ -113,6 +124,21 @@ class StoredAccount:
             )
 
         self._database.run(write)
+
+    def book(self, pace: str, seconds: float) -> float:
+        """See `Bookings.book`."""
+
+        def write(connection: sqlite3.Connection) -> float:
+            now = self._clock()
+            last = connection.execute(
+                "SELECT booked_at, free_at FROM paces WHERE account = ? AND pace = ?", (self.name, pace)
+            ).fetchone()
+            begins = next_free(now, *(last or (now, now)))
+            row = (self.name, pace, now, begins + seconds)
+            connection.execute("INSERT OR REPLACE INTO paces VALUES (?, ?, ?, ?)", row)
+            return begins - now
+
+        return self._database.run(write)
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""

@@ -130,11 +130,11 @@ class Database:
             raise RequestError(f"{self.path} is a database of something else, not a {self._what}; name another file")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
-        if mark != self._application_id:
-            connection.execute("BEGIN IMMEDIATE")
-            for statement in (*self._schema, f"PRAGMA application_id = {self._application_id}"):
-                connection.execute(statement)
-            connection.execute("COMMIT")
+        # Also of a file that is there: it may be from before a table was thought of.
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in (*self._schema, f"PRAGMA application_id = {self._application_id}"):
+            connection.execute(statement)
+        connection.execute("COMMIT")
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
         self.close()

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deepzero_core.callables import reason, resolve
+from deepzero_core.callables import resolve
 from deepzero_core.errors import DeepZeroError, RequestError, WorkError, suggest
 from deepzero_core.oracle.answers import as_tensor
-from deepzero_core.oracle.protocol import Answers, answers_named, question
+from deepzero_core.oracle.protocol import Answers, answers_named, failed, question
 from deepzero_core.oracle.settings import count
 
 TAKES = ("numpy", "tensor")
@@ -35,6 +35,7 @@ class FunctionOracle:
     """
 
     retries = 0
+    concurrency = 1
 
     def __init__(
         self,
@@ -86,9 +87,7 @@ class FunctionOracle:
         except DeepZeroError:
             raise
         except Exception as error:
-            raise WorkError(
-                f"the black box {self.name} failed on a question of shape {list(batch.shape)}: {reason(error)}"
-            ) from error
+            raise WorkError(failed(self.name, batch, error)) from error
         return as_tensor(self.name, answer, len(batch))
 
     def close(self) -> None:

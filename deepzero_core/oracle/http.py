@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepzero_core.errors import DeepZeroError, RequestError
 from deepzero_core.oracle.answers import from_lists
+from deepzero_core.oracle.connections import Connections
 from deepzero_core.oracle.payload import BATCH, check_template, decode, encode, pick
 from deepzero_core.oracle.protocol import Answers, answers_named, question
 from deepzero_core.oracle.secret import Token
@@ -31,6 +32,7 @@ class HttpOracle:
         answer_at: the dotted path to the rows in the answer, as "predictions" or "outputs.0.data" or
             "predictions.*.scores" (the scores of each of a list of objects); "" where the answer is the rows.
         batch_size: the most examples of one query; None: any number, however long the request becomes.
+        concurrency: the most requests at the same time, each over a connection of its own.
         headers: further headers. Whatever is secret belongs into the token: headers are shown in configurations.
         token_env, token_file: the environment variable or the file that holds the token, read when a request is sent.
         token_header: its header: "Authorization" (after the word Bearer) or one of the service's own.
@@ -56,6 +58,7 @@ class HttpOracle:
         template: Any = None,
         answer_at: str = "predictions",
         batch_size: int | None = 128,
+        concurrency: int = 1,
         headers: Mapping[str, str] | None = None,
         token_env: str | None = None,
         token_file: str | None = None,
@@ -74,6 +77,7 @@ class HttpOracle:
         self.name = name or f"{address.scheme}://{address.netloc.decode('ascii')}{address.path}"
         self.answers = answers_named(answers)
         self.batch_size = count("batch_size", batch_size)
+        self.concurrency = count("concurrency", concurrency) or 1
         self._template = dict(_MLFLOW) if template is None else template
         check_template(self._template)
         self._answer_at = answer_at
@@ -89,14 +93,12 @@ class HttpOracle:
             patience=positive("patience", patience),
             answer_bytes=count("max_answer_bytes", max_answer_bytes) or 0,
         )
-        self._transport = Transport(
-            self.name,
-            address,
-            headers=_plain(headers or {}),
-            token=token,
-            limits=limits,
-            on_retry=on_retry,
-            sleep=sleep,
+        plain = _plain(headers or {})
+        self._connections = Connections(
+            self.concurrency,
+            lambda: Transport(
+                self.name, address, headers=plain, token=token, limits=limits, on_retry=on_retry, sleep=sleep
+            ),
         )
         what = json.dumps([str(address), self._template, answer_at, version])
         self.identity = f"http:{hashlib.blake2b(what.encode(), digest_size=32).hexdigest()}"
@@ -114,24 +116,24 @@ class HttpOracle:
     @property
     def retries(self) -> int:
         """How often a request has been sent again so far."""
-        return self._transport.retries
+        return self._connections.retries
 
     def query(self, batch: Tensor) -> Tensor:
         """See `Oracle.query`; raises BlackBoxUnavailableError when patience is at its end."""
         x = question(self, batch)
-        body = self._transport.send(encode(self._template, x))
+        body = self._connections.send(encode(self._template, x))
         try:
             return from_lists(self.name, pick(self.name, decode(self.name, body), self._answer_at), len(x))
         except DeepZeroError as error:
-            if not self._transport.shows_token(body):
+            if not self._connections.shows_token(body):
                 raise
             raise type(error)(
                 f"the black box {self.name} answered something other than scores, and the token in it: it is not shown"
             ) from None
 
     def close(self) -> None:
-        """Close the connection; the next query opens another."""
-        self._transport.close()
+        """Close the connections; the next query opens another."""
+        self._connections.close()
 
     def __enter__(self) -> "HttpOracle":
         return self

@@ -16,6 +16,7 @@ from deepzero_core.oracle.cache import ResponseCache, keys_of
 from deepzero_core.oracle.protocol import Answers, BlackBoxUnavailableError, Oracle, question
 from deepzero_core.oracle.rate import Pace
 from deepzero_core.oracle.settings import count, positive
+from deepzero_core.oracle.together import in_order
 
 # Rows that must look like probabilities before a box said to answer logits is doubted: a single one may by chance.
 _DOUBTFUL_ROWS = 4
@@ -36,6 +37,10 @@ class Metered:
     the next one is made, so that a run that ends there has lost nothing. Threads take turns; several processes with one
     cache may ask the same thing at the same moment, and then pay twice.
 
+    A box that takes several calls at the same time (`Oracle.concurrency`) gets them: the same calls, the answers in the
+    order of the question, each on the account before it is sent and in the cache as soon as it is there. When one
+    fails, no other is begun, and those under way are waited for, paid for and kept.
+
     The budget counts examples. A question that would exceed it is refused before anything is sent. Examples of a call
     that the box never answered (`BlackBoxUnavailableError`) are given back; what else was sent stays counted, a wrong
     answer too.
@@ -45,8 +50,8 @@ class Metered:
         budget: the most examples; None: no limit.
         batch_size: the most examples of one call, where that should be fewer than the box takes.
         classes: K, where it is known; else that of the first answer.
-        examples_per_second, calls_per_second: how fast the box may be asked; see `Pace`. A call sent again after a
-            fault waits by its own rules.
+        examples_per_second, calls_per_second: how fast the box may be asked, by all who share the account; see `Pace`.
+            A call sent again after a fault waits by its own rules.
         price_per_thousand: the price of 1,000 examples, for `statistics.cost`.
         cache: answers paid for earlier.
         account: where the counts are kept; by default in memory, from zero.
@@ -56,6 +61,7 @@ class Metered:
     """
 
     batch_size: None = None
+    concurrency = 1  # threads take turns
 
     def __init__(
         self,
@@ -75,15 +81,24 @@ class Metered:
         self.classes = count("classes", classes, least=2)
         limits = [limit for limit in (count("batch_size", batch_size), oracle.batch_size) if limit is not None]
         self._most: int | None = min(limits, default=None)
-        self._by_example = None if examples_per_second is None else Pace("examples_per_second", examples_per_second)
-        self._by_call = None if calls_per_second is None else Pace("calls_per_second", calls_per_second)
+        self._own_account = account is None
+        self._account: Account = account or MemoryAccount()
+        self._by_example = self._pace("examples_per_second", examples_per_second)
+        self._by_call = self._pace("calls_per_second", calls_per_second)
         self._price = None if price_per_thousand is None else positive("price_per_thousand", price_per_thousand)
         self._cache = cache
         self._identity = oracle.identity if cache is not None else None
-        self._own_account = account is None
-        self._account: Account = account or MemoryAccount()
         self._doubted = False
+        self._begin()
+
+    def _begin(self) -> None:
         self._lock = threading.RLock()
+        # What the calls under way share: how often the box had sent again, the number of classes, the doubt.
+        self._shared = threading.Lock()
+        self._retried = self.oracle.retries
+
+    def _pace(self, name: str, per_second: float | None) -> Pace | None:
+        return None if per_second is None else Pace(name, per_second, self._account)
 
     @property
     def name(self) -> str:
@@ -127,10 +142,12 @@ class Metered:
         """
         batch = question(self, batch)
         with self._lock:
+            self._retried = self.oracle.retries
             if self._cache is not None and self._identity is not None:
                 return self._ask_what_is_new(batch, self._identity, self._cache)
             self._afford(len(batch))
-            return torch.cat([self._call(piece) for piece in batch.split(self._most or len(batch))])
+            pieces = batch.split(self._most or len(batch))
+            return torch.cat(in_order(self._call, pieces, self.oracle.concurrency))
 
     def close(self) -> None:
         """Close the box, the cache and the account; the next query opens them again."""
@@ -150,11 +167,11 @@ class Metered:
                 f"the budget of the black box {self.name} is counted in this process; to share it with others give it "
                 "a StoredAccount"
             )
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_shared")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.RLock()
+        self._begin()
 
     def __repr__(self) -> str:
         return f"Metered({self.oracle!r}, budget={self.budget}, cached={self._cache is not None})"
@@ -168,10 +185,15 @@ class Metered:
         self._afford(len(asked))
         if len(asked) < len(batch):
             self._account.add(Usage(cached=len(batch) - len(asked)))
-        for start in range(0, len(asked), self._most or len(batch)):
-            some = asked[start : start + (self._most or len(batch))]
+
+        def kept(some: list[int]) -> dict[bytes, Tensor]:
             answered = dict(zip((keys[i] for i in some), self._call(batch[some]), strict=True))
             cache.put(answered)
+            return answered
+
+        most = self._most or len(batch)
+        pieces = [asked[start : start + most] for start in range(0, len(asked), most)]
+        for answered in in_order(kept, pieces, self.oracle.concurrency):
             rows |= answered
         answer = torch.stack([rows[key] for key in keys])
         return check(self.name, self.answers, answer, examples=len(batch), classes=self.classes)
@@ -185,24 +207,30 @@ class Metered:
             if pace is not None:
                 pace.wait(units)
         self._account.add(Usage(examples=len(piece), calls=1), budget=self.budget)
-        sent_again, started = self.oracle.retries, time.monotonic()
-        refund = Usage()
+        started, refund = time.monotonic(), Usage()
         try:
             answer = self.oracle.query(piece)
         except BlackBoxUnavailableError:
             refund = Usage(examples=-len(piece), calls=-1)
             raise
         finally:
-            spent = Usage(retries=self.oracle.retries - sent_again, seconds=time.monotonic() - started)
-            self._account.add(spent + refund)
-        answer = check(self.name, self.answers, answer, examples=len(piece), classes=self.classes)
+            with self._shared:
+                before, self._retried = self._retried, self.oracle.retries
+                sent_again = self._retried - before
+            self._account.add(Usage(retries=sent_again, seconds=time.monotonic() - started) + refund)
+        with self._shared:
+            return self._judged(answer, len(piece))
+
+    def _judged(self, answer: Tensor, examples: int) -> Tensor:
+        """The answer to so many examples, if it is one."""
+        answer = check(self.name, self.answers, answer, examples=examples, classes=self.classes)
         if self.answers == "logits" and not self._doubted and len(answer) >= _DOUBTFUL_ROWS:
             self._doubted = True
             if look_like_probabilities(answer):
                 warnings.warn(
                     f"the black box {self.name} is said to answer logits, and its answers look like probabilities; "
                     "if they are, say so with answers='probabilities'",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
         self.classes = answer.shape[1]
         return answer

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deepzero_core.callables import reason, resolve
 from deepzero_core.errors import RequestError, WorkError
 from deepzero_core.oracle.answers import as_tensor
-from deepzero_core.oracle.protocol import Answers, answers_named, question
+from deepzero_core.oracle.protocol import Answers, answers_named, failed, question
 from deepzero_core.oracle.settings import count
 
 
@@ -31,6 +31,7 @@ class ModuleOracle:
     """
 
     retries = 0
+    concurrency = 1
 
     def __init__(
         self,
@@ -76,9 +77,7 @@ class ModuleOracle:
             with torch.no_grad():
                 answer = self._module(x)
         except Exception as error:
-            raise WorkError(
-                f"the black box {self.name} failed on a question of shape {list(batch.shape)}: {reason(error)}"
-            ) from error
+            raise WorkError(failed(self.name, batch, error)) from error
         # Detached once more there: a module may switch gradients on again for itself.
         return as_tensor(self.name, answer, len(batch))
 

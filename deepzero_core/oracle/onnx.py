@@ -12,7 +12,7 @@ from torch import Tensor
 from deepzero_core.callables import reason
 from deepzero_core.errors import RequestError, WorkError, suggest
 from deepzero_core.oracle.answers import as_tensor
-from deepzero_core.oracle.protocol import Answers, answers_named, question
+from deepzero_core.oracle.protocol import Answers, answers_named, failed, question
 from deepzero_core.oracle.settings import count
 
 _TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
@@ -34,6 +34,7 @@ class OnnxOracle:
     """
 
     retries = 0
+    concurrency = 1
 
     def __init__(
         self,
@@ -90,9 +91,7 @@ class OnnxOracle:
             (answer,) = self._session.run([self._output], {self._input: x.astype(self._type, copy=False)})
         except Exception as error:  # ONNX Runtime has many kinds of errors, none of which it documents
             kind = RequestError if type(error).__name__ == "InvalidArgument" else WorkError
-            raise kind(
-                f"the black box {self.name} failed on a question of shape {list(batch.shape)}: {reason(error)}"
-            ) from error
+            raise kind(failed(self.name, batch, error)) from error
         tensor = as_tensor(self.name, answer, len(batch))
         return tensor[: len(batch)] if tensor.ndim and len(tensor) == self._fixed else tensor
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from deepzero_core.callables import reason
 from deepzero_core.errors import BlackBoxError, RequestError, suggest
 
 Answers = Literal["logits", "probabilities"]
@@ -33,6 +34,7 @@ class Oracle(Protocol):
         identity: what it is, as text that no other box has: the same identity, the same answers. A box of which that
             cannot be said raises RequestError.
         retries: how often a query has been sent again so far; 0 for a box that is not at the end of a wire.
+        concurrency: how many threads may ask it at the same time.
     """
 
     @property
@@ -45,6 +47,8 @@ class Oracle(Protocol):
     def identity(self) -> str: ...
     @property
     def retries(self) -> int: ...
+    @property
+    def concurrency(self) -> int: ...
 
     def query(self, batch: Tensor) -> Tensor:
         """Answer a batch [N, …] of at least one example: [N, K], without a graph.
@@ -87,3 +91,8 @@ def question(oracle: Oracle, batch: Tensor) -> Tensor:
     if limit is not None and len(batch) > limit:
         raise RequestError(f"the black box {name} takes at most {limit} examples at once, not {len(batch)}")
     return batch.detach().cpu().contiguous()
+
+
+def failed(name: str, batch: Tensor, error: Exception) -> str:
+    """The sentence for a box in this process that has raised something over a question."""
+    return f"the black box {name} failed on a question of shape {list(batch.shape)}: {reason(error)}"

@@ -1,13 +1,14 @@
-"""What a perturbation costs: floating-point operations and bytes, by stretch of the graph, and the time that they take.
+"""What perturbations cost: floating-point operations and bytes, by stretch of the graph, and the time that they take.
 
     owner    the parameter's own operator
     thin     a block of channels or columns moves
     dense    everything moves
 
-    seconds = operations / peak operations + bytes / peak bandwidth
+    seconds = operations / peak operations + bytes / peak bandwidth + starts · seconds per start
 
 Operations are those of the direct formula: a convolution by Winograd's method counts as much as any other, so that
 shares of the peak are comparable and may exceed 1. Bytes are those of the changes, read and written once per operator.
+An operator is started once per chunk, however many coordinates that has: costs of one coordinate have no starts.
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from deepzero_core.perturb.changes import Change, OneHot
 from deepzero_core.perturb.machine import Machine
 from deepzero_core.perturb.rewriting.attention import attend
 from deepzero_core.perturb.rewriting.feed_forward import feed_forward
+from deepzero_core.perturb.rewriting.head import linear_cross_entropy
 from deepzero_core.perturb.rules.registry import Call
 
 aten = torch.ops.aten
@@ -29,20 +31,21 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations and bytes of memory traffic."""
+    """Floating-point operations, bytes of memory traffic, and operators that are started."""
 
     flops: float = 0.0
     bytes: float = 0.0
+    starts: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.starts + other.starts)
 
     def __mul__(self, times: float) -> "Cost":
-        return Cost(self.flops * times, self.bytes * times)
+        return Cost(self.flops * times, self.bytes * times, self.starts * times)
 
     def seconds(self, machine: Machine) -> float:
-        """The time that the machine needs at its peaks."""
-        return self.flops / machine.flops + self.bytes / machine.bandwidth
+        """The time that the machine needs at its peaks, and to start operators."""
+        return self.flops / machine.flops + self.bytes / machine.bandwidth + self.starts * machine.start
 
 
 def total(costs: Mapping[str, Cost]) -> Cost:
@@ -75,11 +78,11 @@ def _operations(call: Call) -> int:
     contracted = _CONTRACTED.get(call.target)
     if contracted is None or any(isinstance(call.change(position), OneHot) for position in call.changed()):
         return 2
-    change = next((call.change(i) for i in call.changed() if isinstance(call.change(i), Change)), None)
+    position, change = next(((i, c) for i, c in enumerate(call.changes) if isinstance(c, Change)), (0, None))
     axis, weight = contracted
     length: int = weight(call)
-    if isinstance(change, Change) and change.block is not None and change.block.dim == axis:
-        length = length // call.args[call.changed()[0]].shape[axis] * change.width
+    if change is not None and change.block is not None and change.block.dim == axis:
+        length = length // call.args[position].shape[axis] * change.width
     return 2 * length
 
 
@@ -99,6 +102,11 @@ def _fed_forward(call: Call) -> int:
     return int(hidden * (inputs + outputs) // outputs)
 
 
+def _scored(call: Call) -> int:
+    """The scores behind one loss, or behind the mean of all."""
+    return int(call.args[1].numel() * call.args[2].shape[1] // max(1, _output(call).numel()))
+
+
 # By operator: the axis of its operand that is summed over, and how many products make one element of the result.
 _CONTRACTED: dict[Any, Any] = {
     aten.convolution.default: (1, _kernel),
@@ -107,6 +115,7 @@ _CONTRACTED: dict[Any, Any] = {
     aten.bmm.default: (2, lambda call: call.args[0].shape[2]),
     feed_forward: (None, _fed_forward),
     attend: (None, _attended),
+    linear_cross_entropy: (1, _scored),
 }
 
 

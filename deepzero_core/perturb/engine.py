@@ -76,12 +76,16 @@ class _Probe:
     peak: int = 0
     costs: dict[str, Cost] = field(default_factory=dict)
     region_flops: float = 0.0
+    visits: int = 0
+    """Operators that answer, and regions."""
 
     def see(self, call: Call, change: Any, live: Mapping[Node, Any], passing: int) -> None:
+        self.visits += 1
         self._spend(stretch(call, change), work(call, change))
         self.peak = max(self.peak, passing + _bytes([change, *live.values()]))
 
     def see_region(self, region: Region, live: Mapping[Node, Any]) -> None:
+        self.visits += 1
         for where, cost in region.costs.items():
             self._spend(where, cost)
             self.region_flops += cost.flops
@@ -137,6 +141,10 @@ class TracedEvaluator:
 
     def cost(self, base: BasePass, name: str) -> dict[str, Cost]:
         return dict(self._probe(base, name).costs)
+
+    def starts(self, base: BasePass, name: str, chunks: int) -> int:
+        """Operators and regions that every chunk visits; and each node once, for what is made for all chunks."""
+        return chunks * self._probe(base, name).visits + len(self._trace.reads[name])
 
     def _probe(self, base: BasePass, name: str) -> _Probe:
         if name not in self._probes:

@@ -81,7 +81,11 @@ class Evaluator(Protocol):
         ...
 
     def cost(self, base: BasePass, name: str) -> dict[str, Cost]:
-        """What one coordinate of a parameter costs, by stretch."""
+        """What one coordinate of a parameter costs, by stretch, but for starting operators."""
+        ...
+
+    def starts(self, base: BasePass, name: str, chunks: int) -> int:
+        """How many operators an estimate starts for so many chunks of a parameter."""
         ...
 
 
@@ -143,9 +147,13 @@ def _verify(
         raise UntraceableError(f"its graph gives the loss {seen.item():.6g} where the module gives {true.item():.6g}")
 
 
-def work_of(evaluator: Evaluator, base: BasePass, coordinates: Mapping[str, Tensor]) -> Cost:
-    """What flat indices by name cost in all, perturbed once each."""
-    parts = {n: total(evaluator.cost(base, n)) * indices.numel() for n, indices in coordinates.items() if len(indices)}
+def work_of(evaluator: Evaluator, base: BasePass, coordinates: Mapping[str, Tensor], memory: int) -> Cost:
+    """What flat indices by name cost in all, perturbed once each, in the chunks that `memory` bytes allow."""
+    parts = {}
+    for name, indices in coordinates.items():
+        if count := indices.numel():
+            starts = evaluator.starts(base, name, -(-count // evaluator.chunk_size(base, name, memory)))
+            parts[name] = total(evaluator.cost(base, name)) * count + Cost(starts=starts)
     return total(parts)
 
 

@@ -56,6 +56,10 @@ class SeparateEvaluator:
     def chunk_size(self, base: BasePass, name: str, memory: int) -> int:
         return base.parameters[name].numel()
 
+    def starts(self, base: BasePass, name: str, chunks: int) -> int:
+        """Unknown: the module is never seen operator by operator."""
+        return 0
+
     def cost(self, base: BasePass, name: str) -> dict[str, Cost]:
         """A whole forward pass, "dense" throughout: the operations that torch knows of, counted in a single pass."""
         if not self._pass:

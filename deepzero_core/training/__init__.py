@@ -10,7 +10,7 @@ from deepzero_core.training.sources import (
     GradientSource,
     RGESource,
 )
-from deepzero_core.training.trainer import NonFiniteError, StepRecord, Trainer, TrainingSettings
+from deepzero_core.training.trainer import NonFiniteError, StepRecord, Trainer, TrainingSettings, check_state
 
 __all__ = [
     "Batch",
@@ -25,4 +25,5 @@ __all__ = [
     "StepRecord",
     "Trainer",
     "TrainingSettings",
+    "check_state",
 ]

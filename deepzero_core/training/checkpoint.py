@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,16 @@ def load(path: Path) -> dict[str, Any]:
             f"checkpoint {path} is damaged: its content has sha256 {actual[:12]}…, {expected[:12]}… was written"
         )
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+        state = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise DamagedCheckpointError(f"checkpoint {path} holds more than tensors and plain values") from error
+    # The sum fits, so somebody has made this file on purpose: torch's reader may raise anything.
+    except Exception as error:
+        raise DamagedCheckpointError(
+            f"checkpoint {path} is not what torch.save writes: {type(error).__name__}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise DamagedCheckpointError(f"checkpoint {path} is not a dictionary of named values")
     return state
 
 
@@ -101,14 +109,22 @@ def save_step(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) 
     return path
 
 
-def load_newest(folder: Path) -> Found:
-    """The newest good checkpoint of `folder`; damaged ones are passed over and named."""
+def load_newest(folder: Path, refuse: Callable[[dict[str, Any]], str | None] = lambda state: None) -> Found:
+    """The newest good checkpoint of `folder`; damaged ones are passed over and named.
+
+    refuse: why a state is of no use to the caller, as the end of a sentence about its checkpoint; None: it is.
+    """
     damaged: list[str] = []
     for path in _steps(folder):
         try:
-            return Found(load(path), path, tuple(damaged))
+            state = load(path)
         except DamagedCheckpointError as error:
             damaged.append(str(error))
+            continue
+        reason = refuse(state)
+        if reason is None:
+            return Found(state, path, tuple(damaged))
+        damaged.append(f"checkpoint {path} {reason}")
     return Found(None, None, tuple(damaged))
 
 

@@ -54,9 +54,13 @@ class CGESource:
     def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
         return queries(count(resolve(module, coordinates)), self.difference)
 
-    def estimate(self, module: nn.Module, batch: Batch, coordinates: Coordinates | None) -> GradientEstimate:
+    def prepared(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> Evaluator:
+        """The evaluator of all steps, prepared for the shapes and modes of the first call."""
         if self._evaluator is None:
-            self._evaluator = prepare(module, batch.inputs, batch.targets, self.loss_fn)
+            self._evaluator = prepare(module, inputs, targets, self.loss_fn)
+        return self._evaluator
+
+    def estimate(self, module: nn.Module, batch: Batch, coordinates: Coordinates | None) -> GradientEstimate:
         return cge(
             module,
             batch.inputs,
@@ -67,7 +71,7 @@ class CGESource:
             difference=self.difference,
             precision=self.precision,
             memory=self.memory,
-            evaluator=self._evaluator,
+            evaluator=self.prepared(module, batch.inputs, batch.targets),
         )
 
 

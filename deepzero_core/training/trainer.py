@@ -194,20 +194,41 @@ class Trainer:
         """Go on from `state()` of a trainer with the same settings.
 
         Raises:
-            RequestError: the state is of another network or another seed.
+            RequestError: the state is of another network or another seed, or no state of a trainer at all.
         """
+        check_state(state)
         if state["seed"] != self.settings.seed:
             raise RequestError(f"the checkpoint is of seed {state['seed']}, this run of seed {self.settings.seed}")
         try:
             self.module.load_state_dict(state["module"])
             self._optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise RequestError(f"the checkpoint is of another network: {str(error).splitlines()[0]}") from error
+        # torch says it in as many ways as there are things that do not fit.
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RequestError(f"the checkpoint is of another network: {reason}") from error
         self.step, self.queries = state["step"], state["queries"]
         self._masks = None
         drawn, kept = self.coordinates() or {}, state["masks"]
-        if drawn.keys() != kept.keys() or any(not torch.equal(mask, drawn[name]) for name, mask in kept.items()):
+        if drawn.keys() != kept.keys() or any(not _equal(mask, drawn[name]) for name, mask in kept.items()):
             raise RequestError("the checkpoint was written with other layer-wise pruning ratios")
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Refuse what no trainer has written, by types alone.
+
+    Raises:
+        RequestError: says which entry is wrong.
+    """
+    expected = {"step": int, "queries": int, "seed": int, "module": dict, "optimizer": dict, "masks": dict}
+    for name, kind in expected.items():
+        if not isinstance(state, Mapping) or not isinstance(state.get(name), kind):
+            raise RequestError(f"the checkpoint has no {name!r} as a trainer writes it ({kind.__name__})")
+    if state["step"] < 0 or state["queries"] < 0:
+        raise RequestError("the checkpoint counts steps or queries below zero")
+
+
+def _equal(found: Any, expected: Tensor) -> bool:
+    return isinstance(found, Tensor) and torch.equal(found, expected)
 
 
 def _accuracy(outputs: Any, targets: Tensor) -> float | None:

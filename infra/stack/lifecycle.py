@@ -11,7 +11,18 @@ from filelock import FileLock, Timeout
 from deepzero_core.errors import DeepZeroError, RequestError, WorkError
 from infra import orchestration
 from infra.home import home
-from infra.stack import conditions, databases, health, leftovers, ports, secrets, services, state, supervision
+from infra.stack import (
+    conditions,
+    databases,
+    health,
+    leftovers,
+    lost_runs,
+    ports,
+    secrets,
+    services,
+    state,
+    supervision,
+)
 from infra.stack.secrets import Secrets
 from infra.stack.state import Stack
 
@@ -79,13 +90,17 @@ def down(*, say: Say) -> bool:
     ended = found is not None
     if found is not None:
         try:
-            say("stopping the Prefect worker and its flow runs")
-            supervision.stop_service(found, services.WORKER)
+            say("stopping the flow runs and the Prefect worker")
             # Flow runs that end in order write a checkpoint and tell the servers, which are still there.
-            leftovers.end(leftovers.marked(base, services.WORKER), _FLOW_GRACE_S)
+            worker = supervision.processes(found)[services.WORKER].pid
+            runs = [process for process in leftovers.marked(base, services.WORKER) if process.pid != worker]
+            leftovers.end(runs, _FLOW_GRACE_S)
+            supervision.stop_service(found, services.WORKER)
+            leftovers.end(leftovers.marked(base, services.WORKER), _FLOW_GRACE_S)  # one may have begun in the meantime
+            lost_runs.end(found, secrets.read(found.secret_files))
             say("stopping the services")
             supervision.shut_down(found, timeout_s=60.0)
-        except WorkError as error:
+        except DeepZeroError as error:
             say(f"{error}; ending its processes one by one")
     remaining = leftovers.marked(base)
     if remaining:
@@ -161,6 +176,8 @@ def _finish(stack: Stack, given: Secrets, timeout_s: float, say: Say) -> None:
     if supervision.processes(stack)[services.WORKER].state == "stopped":
         _wait(stack, [service.name for service in services.services(stack) if service.at_once], timeout_s, say)
         try_account(stack, given)
+        if count := lost_runs.end(stack, given):
+            say(f"{count} flow runs of an earlier stack had lost their process and count as crashed now")
         _deploy(stack, given, say)
         supervision.start_service(stack, services.WORKER)
     _wait(stack, [service.name for service in services.services(stack)], timeout_s, say)

@@ -36,7 +36,7 @@ class Service:
 
     name: str
     needs: str | None = None
-    stop_s: int = 10
+    stop_s: int = 20
     runs_on: bool = False
     at_once: bool = True
 
@@ -203,7 +203,8 @@ def _worker(stack: Stack, given: Secrets) -> dict[str, str]:
 def _dask(stack: Stack, given: Secrets) -> dict[str, str]:
     import dask
 
-    settings = dict(DASK_SETTINGS)
+    # The workers of a run leave signals to whoever leads it; these are ended by the supervisor's.
+    settings = {**DASK_SETTINGS, "distributed.worker.preload": []}
     if stack.tls:
         authority, certificate, key = map(str, given.tls)
         settings |= {"distributed.comm.tls.ca-file": authority, "distributed.comm.require-encryption": True}

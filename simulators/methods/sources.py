@@ -136,8 +136,8 @@ class SplitLoop:
     """SOL-ZO-SPLIT: the adjoint of every solver step but the first from `queries` − 1 directions.
 
     A step costs the solver what one of `ZerothOrderLoop` with as many queries does. mu: length of a step, in units of
-    the state's numbers. Directions of a training step are a function of (seed, step); more than the state has numbers
-    are of no use and are not spent.
+    the state's numbers. Directions of a training step are a function of (seed, step); when the state has fewer numbers,
+    they are asked again (see `Differenced`).
     """
 
     loop: Loop
@@ -150,15 +150,15 @@ class SplitLoop:
         check_queries(self.queries - 1)
 
     def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
-        return 1 + min(self.queries - 1, self.loop.packed.state.size)
+        return self.queries
 
     def estimate(self, module: nn.Module, batch: Batch, coordinates: Coordinates | None) -> GradientEstimate:
         generator = step_generator(self.seed, batch.number)
         directions = random_directions(self.queries - 1, self.loop.packed.state.size, generator)
         box = BlackBox(self.loop.packed.of_arrays)
-        unrolled = self.loop.unrolled(module, Differenced(box, directions, self.mu))
+        unrolled = self.loop.unrolled(module, Differenced(box, directions, self.mu, self.queries - 1))
         estimate = first_order(unrolled, batch.inputs, batch.targets, self.loop.loss)
-        return replace(_of_corrector(estimate), queries=self.cost(module, None))
+        return replace(_of_corrector(estimate), queries=self.queries)
 
 
 def _of_corrector(estimate: GradientEstimate) -> GradientEstimate:

@@ -56,6 +56,14 @@ CASES = {
         [*OWN, "victim.settings={url: 'http://me:secret@a'}"],
         "victim.settings.url: a password does not belong into an address",
     ),
+    "secret in a query": (
+        [*OWN, "victim.settings={url: 'http://a/score?model=7&api_key=canary'}"],
+        "victim.settings.url: 'api_key' looks like a secret",
+    ),
+    "secret in a header": (
+        [*OWN, "victim.settings={url: 'http://a', headers: {X-Api-Key: canary}}"],
+        "victim.settings.headers: 'X-Api-Key' looks like a secret",
+    ),
     "black box on many machines": (
         [*OWN, "victim.settings={url: 'http://a'}", "cluster.workers=2", "cluster.spec=slurm"],
         "cluster.spec: what a classifier of kind 'http' is asked is counted on this machine",
@@ -84,6 +92,7 @@ def test_a_mistake_is_one_sentence(overrides: list[str], expected: str) -> None:
     with pytest.raises(RequestError) as caught:
         load(*overrides)
     assert expected in str(caught.value)
+    assert "canary" not in str(caught.value)
 
 
 def test_the_kinds_of_classifier_and_their_settings_are_those_of_the_core() -> None:

@@ -52,6 +52,8 @@ CASES = {
     "settings of nobody": (["simulator.settings={a: 1}"], "simulator.settings: it is for your own simulator"),
     "half a seed": (["cases.train=[0.5]"], "cases.train: seeds are whole numbers"),
     "seed on both sides": (["cases.test=[0]"], "cases.test: 0 is a training case, too"),
+    "validation on trial": (["cases.validation=[100]"], "cases.test: 100 is a validation case, too"),
+    "validation in training": (["cases.validation=[1]"], "cases.validation: 1 is a training case, too"),
     "case twice": (["cases.train=[1, 1]"], "cases.train: a case stands there twice"),
     "viscous": (
         ["simulator={kind: wake, cells: [16, 8]}", "cases.train=[50]"],

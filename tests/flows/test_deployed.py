@@ -263,7 +263,8 @@ def test_cancelled_in_mid_run_it_goes_on_to_the_same_bits(
     assert reason == {"TerminationSignal"}
     stood_at = max(int(path.stem.partition("-")[2]) for path in (home.stage() / "checkpoints").glob("*.ckpt"))
     assert 10 <= stood_at < STEPS
-    assert [line["step"] for line in home.history()][-1] == stood_at, "the step that it was stopped at is kept"
+    # That of the step that it was stopped at, unless this was just being written down.
+    assert stood_at in (home.history()[-1]["step"], home.history()[-1]["step"] // 10 * 10)
 
     again = trigger(*arguments, "--json", str(json_file), api=server.api, home=home.path)
     out, err = again.communicate(timeout=400)

@@ -110,8 +110,6 @@ def test_asked_to_stop_it_ends_its_runs_and_goes_on_later(
     assert completed.returncode == 143
     assert completed.stderr == "stopped; the same command goes on from the last checkpoint\n"
     assert not list(home.path.glob("logs/*")), "a stop is no failure"
-    newest = max(int(path.stem.partition("-")[2]) for path in (home.stage() / "checkpoints").glob("*.ckpt"))
-    assert home.history()[-1]["step"] == newest, "the step that it was stopped at is kept"
     assert {r.info.status for r in home.runs() if r.info.run_name in ("train cge", "classify interrupted-seed-0")} == {
         "KILLED"
     }

@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import psutil
 import pytest
 import torch
@@ -20,6 +22,7 @@ from deepzero_core.errors import RequestError, WorkError
 from deepzero_core.training import Batch, CGESource
 from infra import cluster
 from infra.cluster import connect, shares_disk
+from infra.dask_settings import SETTINGS
 from infra.forward import DistributedCGE
 from infra.problem import Problem
 
@@ -43,6 +46,10 @@ def test_local_workers_come_and_go_with_the_block() -> None:
         assert client.scheduler.address.startswith("tcp://127.0.0.1:"), "nobody else on the network reaches it"
         assert list(client.nthreads().values()) == [1, 1]
         started = [psutil.Process(pid) for pid in client.run(os.getpid).values()]
+        for process in started:  # as a signal to the whole process group does, which is for the run to answer
+            process.terminate()
+            process.send_signal(signal.SIGINT)
+        assert {process.pid for process in started} == set(client.run(os.getpid).values())
     assert len(started) == 2 and ended(started)
     assert not {
         process.pid
@@ -98,9 +105,13 @@ def test_a_web_server_at_the_address_is_no_scheduler() -> None:
         server.shutdown()
 
 
-def python(*arguments: str) -> "subprocess.Popen[bytes]":
+def python(*arguments: str, environment: dict[str, str] | None = None) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **(environment or {})},
     )
 
 
@@ -139,6 +150,15 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
         difference="forward",
         memory=1 << 20,
     )
+
+
+def test_a_worker_without_a_nanny_is_ended_by_the_signal(running: tuple[str, "subprocess.Popen[bytes]"]) -> None:
+    """As those of the stack are, which get the same settings; only a nanny's worker leaves signals to others."""
+    environment = {"DASK_INTERNAL_INHERIT_CONFIG": dask.config.serialize(SETTINGS)}
+    worker = python("distributed.cli.dask_worker", running[0], "--no-nanny", "--no-dashboard", environment=environment)
+    with connect(2, running[0], 60):
+        worker.terminate()
+        assert worker.wait(timeout=30) is not None
 
 
 def test_a_running_scheduler_is_used_and_left_running(

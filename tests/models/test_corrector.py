@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deepzero_core.errors import RequestError
-from deepzero_core.models import build_corrector
+from deepzero_core.models import PlainCorrector, build_corrector
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,14 @@ def test_parameters_are_as_many_as_published(name: str, channels: int, parameter
     network = build_corrector(name, channels)
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
     assert network(torch.randn(2, channels, 12, 8)).shape == (2, 2, 12, 8)
+
+
+def test_a_smaller_kernel_has_fewer_parameters_and_an_even_one_is_refused() -> None:
+    network = PlainCorrector(4, widths=[8], kernel=3, padding="circular")
+    assert sum(parameter.numel() for parameter in network.parameters()) == 9 * 4 * 8 + 8 + 9 * 8 * 2 + 2
+    assert network(torch.randn(2, 4, 12, 8)).shape == (2, 2, 12, 8)
+    with pytest.raises(RequestError, match="must be odd"):
+        PlainCorrector(4, kernel=4)
 
 
 @pytest.mark.parametrize("name", ["residual", "plain", "small"])

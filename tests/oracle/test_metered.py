@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from deepzero_core.oracle import (
     StoredAccount,
     Usage,
 )
-from deepzero_core.oracle.rate import Pace
+from deepzero_core.oracle.account import _SCHEMA
+from deepzero_core.oracle.rate import MemoryBookings, Pace
 
 
 class Recording:
@@ -157,7 +159,7 @@ def test_the_rate_is_kept() -> None:
         slept.append(seconds)
         now[0] += seconds
 
-    pace = Pace("examples_per_second", 8.0, clock=lambda: now[0], sleep=sleep)
+    pace = Pace("examples_per_second", 8.0, MemoryBookings(lambda: now[0]), sleep=sleep)
     for units, wait in [(4, 0), (8, 0.5), (1, 1.0), (1, 0.125)]:
         slept.clear()
         pace.wait(units)
@@ -168,6 +170,31 @@ def test_the_rate_is_kept() -> None:
     assert slept == [], "after a rest nothing has to be waited for, and the rest counts for no more than that"
     pace.wait(1)
     assert slept == [pytest.approx(100)]
+
+
+def test_the_rate_is_that_of_all_who_share_the_account(tmp_path: Path) -> None:
+    now = [1e9]
+    one, two = (StoredAccount(tmp_path / "a", "images", clock=lambda: now[0]) for _ in range(2))
+    other = StoredAccount(tmp_path / "a", "other", clock=lambda: now[0])
+    assert [account.book("calls", 0.5) for account in (one, two, one)] == [0.0, 0.5, 1.0]
+    assert (one.book("examples", 3.0), other.book("calls", 0.5)) == (0.0, 0.0), "each for itself"
+    now[0] += 1.25
+    assert [account.book("calls", 0.5) for account in (two, one)] == [0.25, 0.75]
+    now[0] -= 3600  # the clock is set back
+    assert [account.book("calls", 0.5) for account in (two, one)] == [1.25, 1.75]
+    for account in (one, two, other):
+        account.close()
+
+
+def test_an_account_from_before_there_were_paces(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "a") as connection:
+        connection.execute(_SCHEMA[0])
+        connection.execute("INSERT INTO accounts VALUES ('run', 5, 1, 0, 0, 0.5)")
+        connection.execute("PRAGMA application_id = 0x447A4163")
+    connection.close()
+    account = StoredAccount(tmp_path / "a", "run")
+    assert (account.usage.examples, account.book("calls", 1.0)) == (5, 0.0)
+    account.close()
 
 
 def test_the_box_is_asked_at_its_pace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """The cost model against arithmetic by hand, and what is done when memory runs out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepzero_core import cge
-from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
+from deepzero_core.perturb import BasePass, Chunk, Evaluator, engine, prepare
 from deepzero_core.perturb.cost import Cost, total
 from deepzero_core.perturb.evaluator import Situation, within_memory, work_of
 from deepzero_core.perturb.machine import NOMINAL, Machine, measured
 from deepzero_core.perturb.objective import state_of
+from deepzero_core.perturb.rules.elementwise import rule_for
 
 BATCH, SIDE = 3, 8
 FLOAT64 = 8
+MEMORY = 1 << 25
 
 
 def per_example(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -76,10 +78,11 @@ def test_operations_of_linear_layers_by_hand() -> None:
 def test_work_counts_every_coordinate_once() -> None:
     evaluator, base = convolutions()
     one = total(evaluator.cost(base, "0.weight"))
-    assert work_of(evaluator, base, {"0.weight": torch.arange(10)}) == one * 10
-    both = work_of(evaluator, base, {"0.weight": torch.arange(10), "2.bias": torch.arange(4)})
-    assert both == one * 10 + total(evaluator.cost(base, "2.bias")) * 4
-    assert work_of(evaluator, base, {"0.weight": torch.arange(0)}) == Cost()
+    found = work_of(evaluator, base, {"0.weight": torch.arange(10)}, MEMORY)
+    assert replace(found, starts=0) == one * 10
+    both = work_of(evaluator, base, {"0.weight": torch.arange(10), "2.bias": torch.arange(4)}, MEMORY)
+    assert replace(both, starts=0) == one * 10 + total(evaluator.cost(base, "2.bias")) * 4
+    assert work_of(evaluator, base, {"0.weight": torch.arange(0)}, MEMORY) == Cost()
 
 
 def test_an_estimate_says_what_it_took() -> None:
@@ -89,7 +92,7 @@ def test_an_estimate_says_what_it_took() -> None:
     few, more = ({"0.weight": torch.arange(count)} for count in (5, 10))
     forward = cge(*problem, coordinates=few).work
     assert forward.flops > 0 and forward.bytes > 0
-    assert cge(*problem, coordinates=more).work == forward * 2
+    assert cge(*problem, coordinates=more).work == replace(forward * 2, starts=forward.starts), "one chunk, too"
     assert cge(*problem, coordinates=few, difference="central").work == forward * 2
 
 
@@ -104,14 +107,28 @@ def test_a_prediction_grows_with_what_is_left_of_the_network() -> None:
 
 def test_time_is_operations_and_traffic() -> None:
     machine = Machine(threads=1, flops=100.0, bandwidth=10.0)
-    assert Cost(200.0, 5.0).seconds(machine) == 2.5
-    assert (Cost(1, 2) + Cost(3, 4)) * 2 == Cost(8, 12)
+    assert Cost(200.0, 5.0, 3.0).seconds(machine) == 2.5
+    assert Cost(200.0, 5.0, 3.0).seconds(replace(machine, start=0.5)) == 4.0
+    assert (Cost(1, 2, 3) + Cost(3, 4, 5)) * 2 == Cost(8, 12, 16)
 
 
 def test_the_machine_is_measured_once() -> None:
     found = measured()
     assert found is measured() and found.threads == torch.get_num_threads()
-    assert found.flops > 1e8 and found.bandwidth > 1e8
+    assert found.flops > 1e8 and found.bandwidth > 1e8 and 1e-6 < found.start < 1e-2
+
+
+def test_operators_are_started_once_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted as they answer: the convolution's own, the rectifier, the convolution, and the loss."""
+    evaluator, base = convolutions()
+    indices = torch.arange(40)
+    whole = work_of(evaluator, base, {"0.weight": indices}, 1 << 40).starts
+    each = work_of(evaluator, base, {"0.weight": indices}, 0).starts
+    nodes = len(evaluator._trace.reads["0.weight"])  # type: ignore[attr-defined]
+    answered: list[object] = []
+    monkeypatch.setattr(engine, "rule_for", lambda target: answered.append(target) or rule_for(target))
+    evaluator.coordinates(base, Chunk("0.weight", indices), 1e-3)
+    assert whole == nodes + len(answered) and each == nodes + 40 * len(answered)
 
 
 class BranchOnValues(nn.Module):
@@ -185,6 +202,9 @@ class Narrow:
 
     def cost(self, base: BasePass, name: str) -> dict[str, Cost]:
         return self.inner.cost(base, name)
+
+    def starts(self, base: BasePass, name: str, chunks: int) -> int:
+        return self.inner.starts(base, name, chunks)
 
 
 @pytest.mark.parametrize("by_allocator", [False, True])

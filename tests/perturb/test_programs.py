@@ -1,11 +1,11 @@
 """The compiled kernels against the plain formulas of torch in float64, operator by operator.
 
 Errors are relative to the largest value of the result: direct products and sums to 2e-6, Winograd to 1e-5, bfloat16 to
-4e-2, of products of up to 68 channels.
+4e-2 and in finer tiles to 2e-2, of products of up to 68 channels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -22,7 +22,11 @@ from deepzero_core.perturb.regions.layout import lay_out
 
 pytestmark = pytest.mark.skipif(build().library is None, reason=build().reason or "no kernels")
 
-TOLERANCE = {"direct": 2e-6, "winograd": 1e-5, "bfloat16": 4e-2}
+TOLERANCE = {"direct": 2e-6, "winograd": 1e-5, "bfloat16": 4e-2, "fine": 2e-2}
+KINDS = {
+    "direct": program.CONVOLVE, "winograd": program.WINOGRAD, "bfloat16": program.WINOGRAD_BFLOAT16,
+    "fine": program.WINOGRAD_FINE,
+}  # fmt: skip
 COUNT = 3
 
 
@@ -44,7 +48,7 @@ def run(draft: Draft, inputs: dict[int, Tensor], output: int, channel: list[int]
 
 
 def empty(batch: int) -> Draft:
-    return Draft(BaseValues(), {}, {}, False, batch)
+    return Draft(BaseValues(), {}, {}, program.WINOGRAD, batch)
 
 
 @dataclass(frozen=True)
@@ -59,36 +63,39 @@ class Shape:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     batch: int
+    groups: int = 1
 
     def __str__(self) -> str:
         parts = (self.space, self.kernel, self.stride, self.padding, self.dilation)
         numbers = "-".join("x".join(map(str, part)) for part in parts)
-        return f"{self.channels}to{self.outputs}-{numbers}-b{self.batch}"
+        groups = f"-g{self.groups}" if self.groups > 1 else ""
+        return f"{self.channels}to{self.outputs}-{numbers}-b{self.batch}{groups}"
 
     @property
     def convolution(self) -> Callable[[Tensor, Tensor], Tensor]:
-        return partial(F.conv2d, stride=self.stride, padding=self.padding, dilation=self.dilation)
+        return partial(F.conv2d, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups)
 
     def tensors(self, channels: int | None = None) -> tuple[Tensor, Tensor]:
         """δ [P, B, C, …] and W [O, C, …]."""
         torch.manual_seed(0)
         return (
             torch.randn(COUNT, self.batch, channels or self.channels, *self.space),
-            torch.randn(self.outputs, self.channels, *self.kernel),
+            torch.randn(self.outputs, self.channels // self.groups, *self.kernel),
         )
 
     def run(self, delta: Tensor, weight: Tensor, mode: str = "direct", channel: list[int] | None = None) -> Tensor:
         draft = empty(self.batch)
-        out = self.convolution(torch.zeros(1, *weight.shape[1:2], *self.space), weight)
-        source, target = draft.buffer(space_of(delta[0].shape, channel is not None)), draft.buffer(space_of(out.shape))
-        shape = window(
-            draft.spaces[source], draft.spaces[target], self.kernel, self.stride, self.padding, self.dilation
-        )
-        packed = program.pack(weight) if mode == "direct" else program.pack_winograd(weight, mode == "bfloat16")
-        kind = {
-            "direct": program.CONVOLVE, "winograd": program.WINOGRAD, "bfloat16": program.WINOGRAD_BFLOAT16
-        }[mode]  # fmt: skip
-        draft.step(kind, source=source, target=target, shape=shape, weight=packed)
+        out = space_of(self.convolution(torch.zeros(1, self.channels, *self.space), weight).shape)
+        source = draft.buffer(replace(space_of(delta[0].shape, channel is not None), channels=self.channels))
+        shape = window(draft.spaces[source], out, self.kernel, self.stride, self.padding, self.dilation, self.groups)
+        depthwise = channel is not None and self.groups == self.channels == self.outputs
+        target = draft.buffer(replace(out, thin=depthwise))
+        kind = KINDS[mode]
+        packed = program.pack(weight, self.groups) if kind == program.CONVOLVE else program.pack_winograd(weight, kind)
+        draft.step(
+            kind, source=source, target=target, shape=shape, weight=packed, groups=self.groups,
+            group_channels=weight.shape[1],
+        )  # fmt: skip
         return run(draft, {source: delta}, target, channel)
 
 
@@ -109,6 +116,9 @@ SHAPES = [
     square(3, 4, 8, 5, 3, 2, 1, 65),
     Shape(3, 4, (5, 7), (2, 3), (1, 2), (1, 0), (2, 1), 19),
     Shape(3, 6, (1, 9), (1, 3), (1, 2), (0, 1), (1, 1), 24),
+    replace(square(6, 6, 6, 3, 1, 1, 1, 18), groups=6),
+    replace(square(4, 8, 7, 5, 2, 2, 1, 16), groups=4),
+    replace(square(6, 9, 5, 3, 1, 1, 1, 21), groups=3),
 ]
 
 
@@ -123,20 +133,21 @@ def test_convolution(shape: Shape) -> None:
 def test_convolution_of_one_channel_each(shape: Shape) -> None:
     delta, weight = shape.tensors(channels=1)
     channel = [shape.channels - 1, 0, shape.channels // 2]
-    exact = torch.stack(
-        [
-            shape.convolution(one, weight.double().narrow(1, first, 1))
-            for one, first in zip(delta.double(), channel, strict=True)
-        ]
-    )
-    assert error(shape.run(delta, weight, channel=channel), exact) < TOLERANCE["direct"]
+    whole = torch.zeros(COUNT, shape.batch, shape.channels, *shape.space).double()
+    for each, first in enumerate(channel):
+        whole[each, :, first] = delta[each, :, 0]
+    exact = torch.stack([shape.convolution(one, weight.double()) for one in whole])
+    found = shape.run(delta, weight, channel=channel)
+    if found.shape[2] == 1:  # depthwise: the others stay
+        exact = torch.stack([one.narrow(1, first, 1) for one, first in zip(exact, channel, strict=True)])
+    assert error(found, exact) < TOLERANCE["direct"]
 
 
-WINOGRAD = ["winograd", "bfloat16"]
+WINOGRAD = ["winograd", "bfloat16", "fine"]
 
 
 def skip_without(mode: str) -> None:
-    if mode == "bfloat16" and not program.has_bfloat16():
+    if mode in ("bfloat16", "fine") and not program.has_bfloat16():
         pytest.skip("no bfloat16 instructions")
 
 
@@ -144,7 +155,7 @@ def skip_without(mode: str) -> None:
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize("side", [4, 5, 6, 7, 8, 11])
 def test_winograd(side: int, padding: int, mode: str) -> None:
-    """Sides that tiles of four fill and those that they do not."""
+    """Sides that tiles of four or three fill and those that they do not."""
     skip_without(mode)
     shape = square(18, 7, side, 3, 1, padding, 1, 16 + side)
     delta, weight = shape.tensors()
@@ -282,6 +293,72 @@ def test_every_chain(pool: str, norm: bool, thin: bool) -> None:
             target = draft.pooled(formula, shape)
         found = run(draft, inputs, target, given.channel)
         torch.testing.assert_close(found.double(), after - before, rtol=2e-5, atol=2e-5)
+
+
+ACTIVATIONS: dict[str, tuple[int, tuple[float, ...], Callable[[Tensor], Tensor]]] = {
+    "sigmoid": (program.SIGMOID, (), torch.sigmoid),
+    "tanh": (program.TANH, (), torch.tanh),
+    "silu": (program.SILU, (), F.silu),
+    "gelu": (program.GELU, (), F.gelu),
+    "gelu_tanh": (program.GELU_TANH, (), partial(F.gelu, approximate="tanh")),
+    "elu": (program.ELU, (0.7, 1.1, 1.3), lambda y: torch.ops.aten.elu(y, 0.7, 1.1, 1.3)),
+    "relu6": (program.CLAMP, (0, 6), F.relu6),
+    "hardtanh": (program.CLAMP, (-0.3, 0.4), lambda y: F.hardtanh(y, -0.3, 0.4)),
+    "hardsigmoid": (program.HARD_SIGMOID, (), F.hardsigmoid),
+    "hardswish": (program.HARD_SWISH, (), F.hardswish),
+}
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-2, 0.5, 4.0, 40.0])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(name: str, size: float) -> None:
+    """f(y + δ) − f(y) for one channel and for all, from far below 0 to far above; relative to the largest change."""
+    function, parameters, exact = ACTIVATIONS[name]
+    for channel in (None, [3, 0, 1]):
+        given = Given(21, channel)
+        draft = empty(21)
+        source = draft.buffer(space_of(given.base.shape, channel is not None))
+        target = draft.buffer(draft.spaces[source])
+        base = 3 * given.base
+        draft.step(
+            program.ACTIVATE, source=source, target=target, base=program.in_slices(base), function=function,
+            parameters=parameters,
+        )  # fmt: skip
+        delta = size * given.delta
+        y = given.seen(base).double()
+        assert error(run(draft, {source: delta}, target, channel), exact(y + delta.double()) - exact(y)) < 1e-6
+
+
+def test_activation_behind_a_normalisation() -> None:
+    """y is then what the normalisation gives, and is not kept."""
+    given = Given(21, None)
+    draft = empty(21)
+    source = draft.buffer(space_of(given.base.shape))
+    target = draft.buffer(draft.spaces[source])
+    wide = given.values.double()
+    mean, scale = wide.mean((0, 2, 3)), (wide.var((0, 2, 3), correction=0) + 1e-5).rsqrt()
+    draft.norms.append(
+        Statistics(source, program.in_slices(given.values), mean.float(), scale.float(), given.gamma, given.beta)
+    )
+    draft.step(program.MOMENTS, source=source, norm=0)
+    draft.step(program.ACTIVATE, source=source, target=target, norm=0, function=program.SILU)
+    y = normalised(wide, given.gamma.double(), given.beta.double())
+    assert error(run(draft, {source: given.delta}, target), F.silu(y + given.delta.double()) - F.silu(y)) < 1e-6
+
+
+@pytest.mark.parametrize("thin", [False, True], ids=["dense", "thin"])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 2), (1, 0))])
+def test_average_pooling(
+    kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], thin: bool
+) -> None:
+    given = Given(21, [3, 0, 1] if thin else None)
+    exact = torch.stack([F.avg_pool2d(one, kernel, stride, padding) for one in given.delta.double()])
+    draft = empty(21)
+    source = draft.buffer(space_of(given.base.shape, thin))
+    shape = window(draft.spaces[source], space_of(exact[0].shape), kernel, stride, padding, (1, 1))
+    target = draft.buffer(replace(draft.spaces[source], height=shape.out_height, width=shape.out_width))
+    draft.step(program.AVERAGE, source=source, target=target, shape=shape)
+    assert error(run(draft, {source: given.delta}, target, given.channel), exact) < 1e-6
 
 
 def test_a_long_sum_is_as_exact_as_a_short_one() -> None:

@@ -81,8 +81,8 @@ class Interrupted(nn.Module):
         self.scale = nn.Conv2d(4, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.second(F.gelu(self.norm(self.first(x))))
-        x = F.relu(self.third(F.relu(x)))
+        x = self.second(F.mish(self.norm(self.first(x))))
+        x = F.relu(F.mish(self.third(F.relu(x))))
         x = x * torch.sigmoid(self.scale(x.mean((2, 3), keepdim=True)))
         return x.flatten(1)[:, :4]
 
@@ -116,6 +116,32 @@ class Displaced(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Modern(nn.Module):
+    """An inverted residual block: depthwise in the middle, smooth activations, average pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm0 = nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.expand, self.norm1 = nn.Conv2d(6, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.depthwise, self.norm2 = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False), nn.BatchNorm2d(12)
+        self.project, self.norm3 = nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.grouped, self.head = nn.Conv2d(6, 8, 3, groups=2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.norm0(self.stem(x)))
+        y = F.gelu(self.norm1(self.expand(x)))
+        y = F.hardswish(self.norm2(self.depthwise(y)))
+        x = F.avg_pool2d(x + self.norm3(self.project(y)), 2)
+        return self.head(F.relu6(self.grouped(x)).mean((2, 3)))
+
+
+def activated() -> nn.Module:
+    return convolutional(
+        nn.Conv2d(2, 5, 3, padding=1), nn.ELU(0.7), nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Sigmoid(),
+        nn.MaxPool2d(2), nn.Conv2d(6, 5, 1), nn.GELU("tanh"), nn.AdaptiveAvgPool2d((1, 3)), nn.Tanh(), features=15,
+    )  # fmt: skip
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[Any, Tensor], Tensor]]] = {
     "residual": (Residual, (2, 6, 6), F.cross_entropy),
     "dncnn": (DnCNN, (2, 6, 6), denoising),
@@ -126,6 +152,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[An
     "interrupted": (Interrupted, (2, 7, 6), F.cross_entropy),
     "shared": (Shared, (2, 6, 6), F.cross_entropy),
     "displaced": (Displaced, (2, 6, 6), F.cross_entropy),
+    "modern": (Modern, (2, 8, 8), F.cross_entropy),
+    "activated": (activated, (2, 6, 6), F.cross_entropy),
 }
 
 
@@ -247,8 +275,13 @@ def test_what_regions_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for parameter, found in residual.items():
         assert len(found) == (0 if parameter.startswith("head") else 1), parameter
         assert all(str(leaving.node.target) == "aten.mean.dim" for region in found for leaving in region.exits)
+    for name in ("modern", "activated"):
+        layers = {
+            parameter: found for parameter, found in regions(name, monkeypatch).items() if "head" not in parameter
+        }
+        assert all(len(found) <= 1 for found in layers.values()), name
     interrupted = regions("interrupted", monkeypatch)
-    assert [len(interrupted[f"{layer}.weight"]) for layer in ("first", "norm", "second", "third")] == [3, 3, 2, 1]
+    assert [len(interrupted[f"{layer}.weight"]) for layer in ("first", "norm", "second", "third")] == [3, 3, 2, 2]
     assert [region.entry.thin for region in interrupted["first.weight"]] == [True, True, False]
     shared = regions("shared", monkeypatch)
     assert [len(shared[f"{layer}.weight"]) for layer in ("stem", "again")] == [1, 1]

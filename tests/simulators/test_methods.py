@@ -143,7 +143,18 @@ def test_sol_zo_split_costs_the_solver_what_sol_zo_costs() -> None:
     estimate = source.estimate(toy_corrector(), batch_of(loop, [toy_case()], [0, 1]), None)
     assert loop.simulator.statistics.steps - before == loop.solver_steps(5, 2)
     assert estimate.queries == source.cost(toy_corrector(), None) == 5
-    assert SplitLoop(loop, 1000, seed=0).cost(toy_corrector(), None) == CELLS + 1
+
+
+@pytest.mark.parametrize("queries", [CELLS + 1, CELLS + 5, 2 * CELLS + 1, 40])
+def test_sol_zo_split_spends_all_its_queries_and_errs_less(queries: int) -> None:
+    loop, corrector = toy_loop(), toy_corrector()
+    batch = batch_of(loop, [toy_case()], [0, 3, 4])
+    before = loop.simulator.statistics.steps
+    found = SplitLoop(loop, queries, seed=0, mu=1e-3).estimate(corrector, batch, None)
+    assert loop.simulator.statistics.steps - before == loop.solver_steps(queries, 3)
+    assert found.queries == queries
+    error = distance(found, exact(loop, corrector, batch))
+    assert error < (1e-8 if queries > 2 * CELLS else 1e-3)
 
 
 def test_directions_are_orthonormal_and_repeatable() -> None:

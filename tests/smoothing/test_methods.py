@@ -113,7 +113,7 @@ def test_all_coordinates_of_the_latent_give_the_exact_gradient(wider: tuple[nn.M
     assert last == 1, "the denoiser starts at the identity, where only its last convolution has a gradient"
     estimate = source.estimate(network, batch, None)
     assert relative_error(estimate.gradients, true) < 1e-7
-    assert estimate.queries == 13
+    assert estimate.queries == 1151
 
 
 def test_first_order_goes_through_a_decoder_too(wider: tuple[nn.Module, Batch]) -> None:
@@ -153,12 +153,25 @@ def test_the_split_converges_with_its_budget(
     module = denoiser()
     true = exact(module, smooth, inputs(batch), batch)
     errors = {}
-    for queries in (4, 11, 21, 31, 61):
+    for queries in (4, 11, 21, 31, 46, 61):
         source = DeepZeroSplit(hide(smooth), SHAPE, SIGMA, SEED, queries, mu=1e-5)
         errors[queries] = relative_error(source.estimate(module, batch, None).gradients, true)
     assert sorted(errors.values(), reverse=True) == list(errors.values())
+    for queries in (62, 91, 300):  # further evaluations, within the same step
+        source = DeepZeroSplit(hide(smooth), SHAPE, SIGMA, SEED, queries, mu=1e-5)
+        assert relative_error(source.estimate(module, batch, None).gradients, true) < 1e-7
     assert errors[31] < 1e-3  # forward differences of every coefficient: O(μ)
     assert errors[61] < 1e-7  # central ones: O(μ²)
+
+
+@pytest.mark.parametrize("queries", [31, 40, 61, 95, 192])
+def test_the_split_spends_what_it_has(queries: int, smooth: nn.Module, batch: Batch, denoiser: Build) -> None:
+    source = DeepZeroSplit(hide(smooth), SHAPE, SIGMA, SEED, queries)
+    module = denoiser()
+    source.estimate(module, batch, None)  # learning the shape of the answers costs a question, once
+    before = source.classifier.queries
+    assert source.estimate(module, batch, None).queries == source.cost(module, None) == queries
+    assert source.classifier.queries - before == queries * len(batch.inputs)
 
 
 def test_the_split_errs_less_than_random_directions_with_the_same_queries(
@@ -183,6 +196,7 @@ METHODS: dict[str, Callable[[nn.Module, nn.Module, int], Any]] = {
     "zo-ds": lambda f, _, seed: ZerothOrderDS(hide(f), (1, 9, 8), SIGMA, seed, Estimator("rge", BUDGET)),
     "zo-ds-cge": lambda f, _, seed: ZerothOrderDS(hide(f), (1, 9, 8), SIGMA, seed, Estimator("cge", BUDGET)),
     "zo-ae-ds": lambda f, dec, seed: ZerothOrderAEDS(hide(f), dec, 6, SIGMA, seed, Estimator("rge", BUDGET)),
+    "zo-ae-ds-cge": lambda f, dec, seed: ZerothOrderAEDS(hide(f), dec, 6, SIGMA, seed, Estimator("cge", BUDGET)),
     "deepzero": lambda f, _, seed: DeepZeroDS(hide(f), SIGMA, seed),
     "split": lambda f, _, seed: DeepZeroSplit(hide(f), (1, 9, 8), SIGMA, seed, BUDGET),
     "fo-ds": lambda f, _, seed: FirstOrderDS(f, SIGMA, seed),
@@ -194,7 +208,7 @@ METHODS: dict[str, Callable[[nn.Module, nn.Module, int], Any]] = {
 def test_budgets_are_equal_to_the_query_and_to_the_example(name: str, wider: tuple[nn.Module, Batch]) -> None:
     (smooth, batch), (encoding, decoder) = wider, autoencoding()
     source = METHODS[name](smooth, decoder, SEED)
-    module = encoding if name == "zo-ae-ds" else encoding.get_submodule("denoiser")
+    module = encoding if name.startswith("zo-ae-ds") else encoding.get_submodule("denoiser")
     masks = None
     if name == "deepzero":
         box, generator = hide(smooth), torch.Generator().manual_seed(0)
@@ -217,7 +231,7 @@ def test_estimates_are_a_function_of_seed_and_step_and_touch_nothing(name: str, 
     def build(seed: int) -> Any:
         return METHODS[name](smooth, decoder, seed)
 
-    module = encoding if name == "zo-ae-ds" else encoding.get_submodule("denoiser")
+    module = encoding if name.startswith("zo-ae-ds") else encoding.get_submodule("denoiser")
     before = [copy.deepcopy(part.state_dict()) for part in (module, smooth, decoder)]
     state = torch.get_rng_state()
     chosen = {"last.weight": torch.arange(9)} if name == "deepzero" else None

@@ -14,6 +14,10 @@ import psutil
 import pytest
 from stacks import Command, eventually
 
+from infra.stack import lost_runs
+from infra.stack.secrets import Secrets
+from infra.stack.state import recorded
+
 pytestmark = pytest.mark.timeout(400)
 
 SERVICES = ("prefect", "mlflow", "dask-scheduler", "dask-worker-1", "prefect-worker")
@@ -109,6 +113,23 @@ def test_a_second_up_finds_the_first(stack: Command) -> None:
     assert f"the stack of {stack.home} is running already\n" in again.stderr
     assert "its number of workers is 1, not 3: `deepzero down` first\n" in again.stderr
     assert {row["pid"] for row in rows(stack).values()} == {row["pid"] for row in before.values()}
+
+
+def test_a_run_that_has_lost_its_process_does_not_stay_running(stack: Command) -> None:
+    eventually(lambda: well(stack), 120, "all is well before")
+    with httpx.Client(base_url=f"{places(stack)['Prefect']}/api/", timeout=30) as api:
+        if api.get("work_pools/deepzero").status_code == 404:
+            api.post("work_pools/", json={"name": "deepzero", "type": "process"}).raise_for_status()
+        flow = api.post("flows/", json={"name": "lost"}).raise_for_status().json()["id"]
+        deployment = {"name": "lost", "flow_id": flow, "work_pool_name": "deepzero"}
+        made = api.post("deployments/", json=deployment).raise_for_status().json()["id"]
+        running = {"state": {"type": "RUNNING", "name": "Running"}}
+        run = api.post(f"deployments/{made}/create_flow_run", json=running).raise_for_status().json()["id"]
+        found = recorded(stack.home)
+        assert found is not None
+        assert lost_runs.end(found, Secrets({}, ())) == 1
+        assert api.get(f"flow_runs/{run}").json()["state"]["type"] == "CRASHED"
+        assert lost_runs.end(found, Secrets({}, ())) == 0
 
 
 def test_the_logs_can_be_read(stack: Command) -> None:

@@ -33,7 +33,7 @@ def reported(tmp_path: Path) -> Reported:
 
 def shown() -> dict[str, Any]:
     with get_client(sync_client=True) as client:
-        return {str(artifact.key): artifact for artifact in client.read_artifacts()}
+        return {str(artifact.key): artifact for artifact in client.read_latest_artifacts()}
 
 
 def test_pictures_are_shown_where_a_server_has_them(

@@ -93,8 +93,8 @@ def write(folder: Path, results: list[DefenceResult], price: float | None = None
 
 def test_the_table_has_mean_and_spread_of_the_seeds(results: list[DefenceResult]) -> None:
     table = defence_table(by_method(results), 16)
-    assert table.columns == ("method", "r = 0", "r = 0.25", "ACR", "queries", "training")
-    assert table.rows[0] == ("DeepZero", "90.5±0.7", "50.5±0.7", "0.25±0.00", "48", "12.5 s")
+    assert table.columns == ("method", "r = 0", "r = 0.25", "ACR", "queries", "per step", "training")
+    assert table.rows[0] == ("DeepZero", "90.5±0.7", "50.5±0.7", "0.25±0.00", "48", "16", "12.5 s")
     (alone,) = defence_table(by_method(results[:1]), 16).rows
     assert alone[1] == "90.0"
 

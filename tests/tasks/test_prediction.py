@@ -1,15 +1,18 @@
 """Predictions of a step: of the module as it stands, on the machine that is asked for."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import configs
-from deepzero_core import cge
+from deepzero_core import cge, perturb
 from deepzero_core.data import prepare
+from deepzero_core.perturb import Evaluator
 from deepzero_core.perturb.cost import Cost
 from deepzero_core.perturb.machine import Machine
+from deepzero_core.training import sources
 from tasks.prediction import Yardstick, work_of_a_step
 from tasks.problem import problem_of
 from tasks.records import Prepared
@@ -30,6 +33,23 @@ def test_the_prediction_is_what_the_estimate_then_takes(tmp_path: Path) -> None:
         loss = torch.nn.functional.cross_entropy
         found = cge(module.train(), *batches.batch(0, 0), loss, coordinates=masks, difference=difference)
         assert predicted == found.work
+
+
+def test_the_prediction_and_the_steps_prepare_the_module_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared_for: list[torch.nn.Module] = []
+
+    def counted(module: torch.nn.Module, *problem: Any) -> Evaluator:
+        prepared_for.append(module)
+        return perturb.prepare(module, *problem)
+
+    monkeypatch.setattr(sources, "prepare", counted)
+    experiment = configs.load("smoke", [])
+    problem = problem_of(experiment, Prepared.of_store(prepare("digits", home=tmp_path).path))
+    module, batches = problem.build_module().train(), problem.build_batches()
+    source = sources.CGESource(torch.nn.functional.cross_entropy)
+    predicted = work_of_a_step(experiment, module, batches, None, source.prepared)
+    found = source.estimate(module, sources.Batch(0, 0, 0, *batches.batch(0, 0)), None)
+    assert prepared_for == [module] and predicted == found.work
 
 
 def test_workers_share_the_work() -> None:

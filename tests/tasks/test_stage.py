@@ -87,8 +87,12 @@ def test_a_skipped_stage_shows_its_numbers_and_where_they_come_from(home: Path, 
     assert {run.info.status for run in (made, skipped)} == {"FINISHED"}
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "garbage", "binary", "half", "other", "file"])
-def test_what_is_incomplete_is_done_again(home: Path, tracking: Tracking, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage", ["missing", "empty", "garbage", "binary", "half", "other", "digit", "changed", "file"]
+)
+def test_what_is_incomplete_or_damaged_is_done_again(
+    home: Path, tracking: Tracking, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     calls.clear()
     first, _ = record_of(perform(tracking, "make", Made, {"a": 1}, work))
     record = first.file.parent / "record.json"
@@ -106,10 +110,15 @@ def test_what_is_incomplete_is_done_again(home: Path, tracking: Tracking, damage
             record.write_text(text[: len(text) // 2])
         case "other":
             record.write_text(text.replace('"value"', '"worth"'))
+        case "digit":
+            record.write_text(text.replace('"value": 1', '"value": 2'))
+        case "changed":
+            first.file.write_text("contend")
         case "file":
             first.file.unlink()
     _, how = record_of(perform(tracking, "make", Made, {"a": 1}, work))
     assert how == "Done" and len(calls) == 2
+    assert ("is damaged or gone: the stage make is done again" in caplog.text) == (damage != "missing")
     assert record_of(perform(tracking, "make", Made, {"a": 1}, work))[1] == "Cached"
 
 

@@ -162,15 +162,42 @@ def test_metrics_wait_while_the_store_is_away(
 ) -> None:
     monkeypatch.setattr(tracking, "_FLUSH_SECONDS", 0.0)
     run = Run.start(experiment, "interrupted")
-    identity, run.run_id = run.run_id, "0" * 32  # a store that has no such run refuses like one that is damaged
-    run.metrics({"a": 1}, 1)
-    assert "metrics that wait for the next attempt: 1" in caplog.text
-    with pytest.raises(WorkError, match="MLflow did not take 1 metrics"):
+    with monkeypatch.context() as away:
+        away.setattr(MlflowClient, "log_batch", unreachable)
+        run.metrics({"a": 1}, 1)
         run.flush()
-    run.run_id = identity
+        run.tags({"b": "late"})
+    assert caplog.text.count("MLflow does not answer (ConnectionError: away)") == 1
+    assert history(run, "a") == []
     run.metrics({"a": 2}, 2)
-    assert history(run, "a") == [(1, 1), (2, 2)]
+    assert history(run, "a") == [], "a store that has failed is left alone for some seconds"
+    run._outbox.gate._again = 0.0
+    run.metrics({"a": 3}, 3)
+    assert history(run, "a") == [(1, 1), (2, 2), (3, 3)]
+    assert client().get_run(run.run_id).data.tags["b"] == "late"
+    assert "MLflow answers again" in caplog.text
     run.end()
+    assert not list((store / "spool").glob(f"{run.run_id}*"))
+
+
+def unreachable(*_: object, **__: object) -> None:
+    raise ConnectionError("away")
+
+
+def test_what_the_store_refuses_is_put_aside_and_does_not_hold_up_the_rest(
+    experiment: str, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run.start(experiment, "refused")
+    run.metrics({"a": 1}, 1)
+    run.metrics({"a": 1.5, "no:such/../name": 1}, 2)
+    run.metrics({"a": 2}, 3)
+    run.end()
+    assert history(run, "a") == [(1, 1), (2, 1.5), (3, 2)]
+    (aside,) = (store / "spool").glob(f"{run.run_id}.refused")
+    assert "MLflow did not take 1 metrics" in caplog.text and str(aside) in caplog.text
+    assert [point[0] for point in json.loads(aside.read_text())["points"]] == ["no:such/../name"]
+    with pytest.raises(WorkError, match="MLflow did not take tags"), Run.start(experiment, "told at once") as other:
+        other.tags({"no:such/../name": 1})
 
 
 @pytest.mark.parametrize(
@@ -195,7 +222,7 @@ def test_a_run_says_how_it_ended(experiment: str, raised: BaseException, status:
 
 def test_the_first_error_is_the_one_told(experiment: str) -> None:
     with pytest.raises(ValueError, match="first"), Run.start(experiment, "two errors") as run:
-        run.run_id = "0" * 32
+        client().delete_run(run.run_id)
         raise ValueError("first")
 
 

@@ -1,4 +1,5 @@
-// out[o, h, w] = sum over i, kh, kw of W[i, kh, kw, o] * x[i, h*s - p + kh*d, w*s - p + kw*d]
+// out[o, h, w] = sum over i, kh, kw of W[i, kh, kw, o] * x[i, h*s - p + kh*d, w*s - p + kw*d], group by group; and the
+// mean over a window.
 #pragma once
 #include "slices.h"
 
@@ -26,8 +27,9 @@ static void direct_tile(const Shape& s, const float* x, const float* weight, con
     for (int n = 0; n < N; n++) store(out + r * s.out_length() + n * LANES, sum[r][n]);
 }
 
-// x [channels, H, W, LANES], weight [channels, KH, KW, O], out [O, OH, OW, LANES]. places: [VECTORS, taps] scratch.
-static void convolve(const Shape& s, const float* x, const float* weight, float* out, Index* places) {
+// Of every group: x [channels, H, W, LANES], weight [channels, KH, KW, O], out [O, OH, OW, LANES], one group after the
+// other. places: [VECTORS, taps] scratch.
+static void convolve(const Shape& s, Index groups, const float* x, const float* weight, float* out, Index* places) {
   const Index taps = s.kernel_height * s.kernel_width;
   const Index* seen[VECTORS];
   for (int n = 0; n < VECTORS; n++) seen[n] = places + n * taps;
@@ -45,12 +47,36 @@ static void convolve(const Shape& s, const float* x, const float* weight, float*
           *to++ = inside ? (row * s.width + column) * LANES : -1;
         }
     }
-    over_blocks<ROWS>(s.outputs, [&](Index rows, Index o) {
-      with_constant<1, ROWS>(rows, [&](auto r) {
-        with_constant<1, VECTORS>(count, [&](auto n) {
-          direct_tile<r, n>(s, x, weight + o, seen, out + o * s.out_length() + first * LANES);
+    for (Index g = 0; g < groups; g++) {
+      const float *from = x + g * s.channels * s.length(), *with = weight + g * s.channels * taps * s.outputs;
+      float* to = out + g * s.outputs * s.out_length() + first * LANES;
+      over_blocks<ROWS>(s.outputs, [&](Index rows, Index o) {
+        with_constant<1, ROWS>(rows, [&](auto r) {
+          with_constant<1, VECTORS>(count, [&](auto n) {
+            direct_tile<r, n>(s, from, with + o, seen, to + o * s.out_length());
+          });
         });
       });
-    });
+    }
+  }
+}
+
+// One channel: the sum over every window divided by the size of the whole window, padding included.
+static void averaged(const Shape& s, const float* x, float* out) {
+  const float share = 1 / float(s.kernel_height * s.kernel_width);
+  for (Index oh = 0; oh < s.out_height; oh++) {
+    const Taps v(oh, s.stride_h, s.pad_h, s.dilation_h, s.kernel_height, s.height);
+    for (Index ow = 0; ow < s.out_width; ow++) {
+      const Taps h(ow, s.stride_w, s.pad_w, s.dilation_w, s.kernel_width, s.width);
+      Vector sum = {};
+      for (Index kh = v.first; kh < v.last; kh++)
+        for (Index kw = h.first; kw < h.last; kw++) {
+          const Index row = oh * s.stride_h - s.pad_h + kh * s.dilation_h;
+          const Index column = ow * s.stride_w - s.pad_w + kw * s.dilation_w;
+          sum += load(x + (row * s.width + column) * LANES);
+        }
+      store(out, share * sum);
+      out += LANES;
+    }
   }
 }

@@ -7,11 +7,14 @@
 #include <cmath>
 #include <vector>
 
+#include "activation.h"
 #include "chain.h"
 #include "convolution.h"
 #include "winograd.h"
 
-enum Kind : Index { WEIGHT, AFFINE, CONVOLVE, WINOGRAD, WINOGRAD_BFLOAT16, MOMENTS, CHAIN, MEAN, PLACE };
+enum Kind : Index {
+  WEIGHT, AFFINE, CONVOLVE, WINOGRAD, WINOGRAD_BFLOAT16, WINOGRAD_FINE, MOMENTS, CHAIN, MEAN, PLACE, ACTIVATE, AVERAGE
+};
 enum Storage : Index { LOCAL, SHARED, EXTERNAL };
 
 struct Buffer {  // of one slice of one perturbation
@@ -37,7 +40,10 @@ struct Step {
   const float* base;  // of the rectifier or the pooling [S, C, length]; null: the normalisation's result
   Index values_channels, base_channels, rectify, pool;
   Index front;  // of a PLACE of all channels: how many that do not move come first
+  Index groups, group_channels;  // of a convolution; `shape` is that of one group
+  Index function;                // of an ACTIVATE
   double slope;
+  Parameters parameters;
 };
 
 struct Program {
@@ -79,6 +85,13 @@ struct Slice {  // where the steps of one slice find what they need, and leave i
   Index examples() const { return std::min<Index>(LANES, run.program.batch - number * LANES); }
 };
 
+static void normalised_base(Link& k, const Norm& norm, Index slice, Index channel, Index length) {
+  k.values = norm.values + (slice * norm.all_channels + channel) * length;
+  k.mean = norm.mean[channel];
+  k.gain = norm.scale[channel] * (norm.gamma ? norm.gamma[channel] : 1);
+  k.bias = norm.beta ? norm.beta[channel] : 0;
+}
+
 static void chain(const Slice& s, const Step& step) {
   const Program& p = s.run.program;
   const Buffer &source = p.buffers[step.source], &target = p.buffers[step.target];
@@ -93,10 +106,7 @@ static void chain(const Slice& s, const Step& step) {
     if (norm) {
       const float* with = &s.run.coefficients[3 * (s.in_group * p.channels + norm->sums + c)];
       k.a = with[0], k.c = with[1], k.d = with[2];
-      k.values = norm->values + (s.number * norm->all_channels + channel) * source.length;
-      k.mean = norm->mean[channel];
-      k.gain = norm->scale[channel] * (norm->gamma ? norm->gamma[channel] : 1);
-      k.bias = norm->beta ? norm->beta[channel] : 0;
+      normalised_base(k, *norm, s.number, channel, source.length);
     }
     if (residual) {
       const Index place = residual->thin ? channel - s.first_channel(*residual) : c;
@@ -107,6 +117,36 @@ static void chain(const Slice& s, const Step& step) {
     k.out = s.at(target) + c * target.length;
     evaluate(k, source.length, step.pool ? &step.shape : nullptr, step.rectify);
   }
+}
+
+static void activate(const Slice& s, const Step& step) {
+  const Program& p = s.run.program;
+  const Buffer& source = p.buffers[step.source];
+  for (Index c = 0; c < source.channels; c++) {
+    const Index channel = s.first_channel(source) + c;
+    Link k = {};
+    k.delta = s.at(source) + c * source.length;
+    k.out = s.at(p.buffers[step.target]) + c * source.length;
+    if (step.base)
+      k.base = step.base + (s.number * step.base_channels + channel) * source.length;
+    else
+      normalised_base(k, p.norms[step.norm], s.number, channel, source.length);
+    activate(step.function, k, step.parameters, source.length);
+  }
+}
+
+// A channel that moves alone feeds its own group of outputs; the others stay.
+static void convolve(const Slice& s, const Step& step) {
+  const Buffer &source = s.run.program.buffers[step.source], &target = s.run.program.buffers[step.target];
+  const Shape& shape = step.shape;
+  const Index first = s.first_channel(source);
+  const float* weight = step.weight + first * shape.kernel_height * shape.kernel_width * shape.outputs;
+  float* out = s.at(target);
+  if (source.thin && !target.thin && step.groups > 1) {
+    std::fill(out, out + target.floats(), 0.0f);
+    out += first / step.group_channels * shape.outputs * target.length;
+  }
+  convolve(shape, source.thin ? 1 : step.groups, s.at(source), weight, out, reinterpret_cast<Index*>(s.scratch));
 }
 
 static void perform(const Slice& s, const Step& step) {
@@ -124,16 +164,13 @@ static void perform(const Slice& s, const Step& step) {
       return affine_moved(values, step.mean ? step.mean[channel] : 0, step.scale ? step.scale[channel] : 1, s.step(),
                           target->length, s.at(*target));
     }
-    case CONVOLVE: {
-      const Shape& shape = step.shape;
-      const float* weight =
-          step.weight + s.first_channel(*source) * shape.kernel_height * shape.kernel_width * shape.outputs;
-      return convolve(shape, s.at(*source), weight, s.at(*target), reinterpret_cast<Index*>(s.scratch));
-    }
-    case WINOGRAD: return winograd<Float32>(step.shape, s.at(*source), step.weight, s.at(*target), s.scratch);
+    case CONVOLVE: return convolve(s, step);
+    case WINOGRAD: return winograd<Wide, Float32>(step.shape, s.at(*source), step.weight, s.at(*target), s.scratch);
 #if defined(__AVX512BF16__)
     case WINOGRAD_BFLOAT16:
-      return winograd<BFloat16>(step.shape, s.at(*source), step.weight, s.at(*target), s.scratch);
+      return winograd<Wide, BFloat16>(step.shape, s.at(*source), step.weight, s.at(*target), s.scratch);
+    case WINOGRAD_FINE:
+      return winograd<Fine, BFloat16>(step.shape, s.at(*source), step.weight, s.at(*target), s.scratch);
 #endif
     case MOMENTS: {
       const Norm& norm = p.norms[step.norm];
@@ -146,6 +183,11 @@ static void perform(const Slice& s, const Step& step) {
       return;
     }
     case CHAIN: return chain(s, step);
+    case ACTIVATE: return activate(s, step);
+    case AVERAGE:
+      for (Index c = 0; c < source->channels; c++)
+        averaged(step.shape, s.at(*source) + c * source->length, s.at(*target) + c * target->length);
+      return;
     case MEAN:
       for (Index c = 0; c < source->channels; c++)
         mean_over_space(s.at(*source) + c * source->length, source->length, s.at(*target) + c * LANES);

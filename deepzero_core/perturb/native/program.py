@@ -22,7 +22,12 @@ from torch.nn import functional as F
 
 from deepzero_core.perturb.native.build import library
 
-WEIGHT, AFFINE, CONVOLVE, WINOGRAD, WINOGRAD_BFLOAT16, MOMENTS, CHAIN, MEAN, PLACE = range(9)
+(
+    WEIGHT, AFFINE, CONVOLVE, WINOGRAD, WINOGRAD_BFLOAT16, WINOGRAD_FINE, MOMENTS, CHAIN, MEAN, PLACE, ACTIVATE, AVERAGE
+) = range(12)  # fmt: skip
+SIGMOID, TANH, SILU, GELU, GELU_TANH, ELU, CLAMP, HARD_SIGMOID, HARD_SWISH = range(9)
+TILED = (WINOGRAD, WINOGRAD_BFLOAT16, WINOGRAD_FINE)
+"""Winograd's F(4×4, 3×3), the same in bfloat16, and F(3×3, 3×3) in bfloat16, whose rounding is half as large."""
 LOCAL, SHARED, EXTERNAL = range(3)
 NONE = -1
 
@@ -68,8 +73,9 @@ class Step(ctypes.Structure):
         *_named(_Integer, "kind source residual target norm"),
         ("shape", Shape),
         *_named(_Floats, "weight values mean scale base"),
-        *_named(_Integer, "values_channels base_channels rectify pool front"),
+        *_named(_Integer, "values_channels base_channels rectify pool front groups group_channels function"),
         ("slope", ctypes.c_double),
+        ("parameters", ctypes.c_float * 3),
     ]
 
 
@@ -144,7 +150,7 @@ class Program:
 def _scratch(step: Step) -> int:
     kernels = library()
     assert kernels is not None
-    if step.kind not in (CONVOLVE, WINOGRAD, WINOGRAD_BFLOAT16):
+    if step.kind not in (CONVOLVE, *TILED):
         return 0
     return int(kernels.deepzero_scratch(ctypes.byref(step.shape), int(step.kind != CONVOLVE)))
 
@@ -192,23 +198,24 @@ def from_slices(sliced: Tensor, batch: int, batch_axis: int = 0) -> Tensor:
     return whole.narrow(batch_axis, 0, batch)
 
 
-def pack(weight: Tensor) -> Tensor:
-    """W [O, C, *k] as CONVOLVE reads it: [C, *k, O]."""
-    return weight.movedim(0, -1).contiguous()
+def pack(weight: Tensor, groups: int = 1) -> Tensor:
+    """W [O, C, *k] as CONVOLVE reads it, O and C of every group: [groups, C, *k, O]."""
+    grouped: Tensor = weight.unflatten(0, (groups, -1)).movedim(1, -1)
+    return grouped.contiguous()
 
 
-def pack_winograd(weight: Tensor, bfloat16: bool) -> Tensor:
-    """U = G W Gᵀ of W [O, C, 3, 3] as [36, C, O], or [36, C/2, O] pairs of bfloat16 for an even number of channels.
+def pack_winograd(weight: Tensor, kind: int) -> Tensor:
+    """U = G W Gᵀ of W [O, C, 3, 3] as [points, C, O]; for bfloat16 as [points, C/2, O] pairs of channels.
 
-    Row p of G is (1, p, p²)/Π(p − p') over the other points p'.
+    Row p of G is (1, p, p²)/Π(p − p') over the other points p', and (0, 0, 1) at infinity.
     """
-    a, b = 3 / 4, 3 / 2
-    points = [0, a, -a, b, -b]
+    a, b = (3 / 8, 5 / 4) if kind == WINOGRAD_FINE else (3 / 4, 3 / 2)
+    points = [a, -a, b, -b] if kind == WINOGRAD_FINE else [0, a, -a, b, -b]
     scales = [1 / prod(p - other for other in points if other != p) for p in points]
     rows = [[scale * p**k for k in range(3)] for p, scale in zip(points, scales, strict=True)]
     transform = torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)
     values = torch.einsum("ar,ocrs,bs->abco", transform, weight.double(), transform).flatten(0, 1).float()
-    if not bfloat16:
+    if kind == WINOGRAD:
         return values.contiguous()
     pairs: Tensor = values.unflatten(1, (-1, 2)).movedim(2, -1).bfloat16().contiguous()
     return pairs.view(torch.float32).squeeze(-1)

@@ -93,7 +93,8 @@ class Draft:
     read: Mapping[Node, frozenset[int]]
     packed: dict[Any, Tensor]
     """Weights that other regions of the same base pass have packed."""
-    bfloat16: bool
+    winograd: int
+    """The kind of a convolution by Winograd's method, where channels go in pairs."""
     batch: int
     spaces: list[Space] = field(default_factory=list)
     norms: list[Statistics] = field(default_factory=list)
@@ -122,7 +123,8 @@ class Draft:
     def step(self, kind: int, *, source: int = NONE, residual: int = NONE, target: int = NONE, norm: int = NONE,
              shape: Shape | None = None, weight: Tensor | None = None, values: Tensor | None = None,
              mean: Tensor | None = None, scale: Tensor | None = None, base: Tensor | None = None,
-             rectify: bool = False, pool: bool = False, front: int = 0, slope: float = 0.0) -> None:  # fmt: skip
+             rectify: bool = False, pool: bool = False, front: int = 0, groups: int = 1, group_channels: int = 0,
+             function: int = 0, slope: float = 0.0, parameters: Sequence[float] = ()) -> None:  # fmt: skip
         """`values` and `base` are base values in slices, [S, C, *space, lanes]."""
         self.steps.append(
             Step(
@@ -131,7 +133,8 @@ class Draft:
                 scale=self.address(scale), base=self.address(base),
                 values_channels=0 if values is None else values.shape[1],
                 base_channels=0 if base is None else base.shape[1],
-                rectify=rectify, pool=pool, front=front, slope=slope,
+                rectify=rectify, pool=pool, front=front, groups=groups, group_channels=group_channels,
+                function=function, slope=slope, parameters=tuple(parameters),
             )
         )  # fmt: skip
 
@@ -185,11 +188,11 @@ def space_of(shape: torch.Size, thin: bool = False) -> Space:
 
 def window(
     inputs: Space, outputs: Space, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int],
+    dilation: Sequence[int], groups: int = 1,
 ) -> Shape:  # fmt: skip
-    """From a buffer to a buffer, one entry per axis of space."""
+    """From a buffer to a buffer, of one group of channels; one entry per axis of space."""
     return Shape(
-        1 if inputs.thin else inputs.channels, outputs.channels,
+        1 if inputs.thin else inputs.channels // groups, outputs.channels // groups,
         inputs.height, inputs.width, outputs.height, outputs.width,
         *two(kernel, 1), *two(stride, 1), *two(padding, 0), *two(dilation, 1),
     )  # fmt: skip

@@ -99,7 +99,7 @@ def _lifetimes(draft: Draft) -> tuple[dict[int, int], dict[int, int]]:
 
 def _overwritten(draft: Draft, step: Step, last: Mapping[int, int], storage: Mapping[int, int]) -> int | None:
     """The operand whose place the result may take: element by element, and nobody reads it again."""
-    if step.kind != program.CHAIN or step.pool:
+    if step.kind not in (program.CHAIN, program.ACTIVATE) or step.pool:
         return None
     for operand in (step.source, step.residual):
         same = operand in storage and storage[operand] == storage[step.target]

@@ -98,23 +98,26 @@ def _convolution(draft: Draft, node: Node) -> Formula:
     source = _only_first(draft, node)
     _, kernel, _, stride, padding, dilation, turned, _, groups = arguments(node)
     weight, outputs = draft.values[kernel], draft.values.like(node)
-    _require(not turned and groups == 1 and weight.ndim == outputs.ndim and program.suits(outputs))
+    _require(not turned and weight.ndim == outputs.ndim and program.suits(outputs))
     at = draft.closed(source)
     space = draft.spaces[at]
-    shape = window(space, space_of(outputs.shape), weight.shape[2:], stride, padding, dilation)
-    target = draft.buffer(space_of(outputs.shape))
+    target = space_of(outputs.shape)
+    shape = window(space, target, weight.shape[2:], stride, padding, dilation, groups)
+    if space.thin and groups == space.channels == target.channels:
+        target = replace(target, thin=True, shift=space.shift)
+    buffer = draft.buffer(target)
     plain: bool = (tuple(weight.shape[2:]), tuple(stride), tuple(dilation)) == ((3, 3), (1, 1), (1, 1))
-    tiled = plain and min(outputs.shape[2:]) >= _WINOGRAD_SPACE
+    tiled = plain and groups == 1 and min(outputs.shape[2:]) >= _WINOGRAD_SPACE
     if tiled and not space.thin and space.channels >= _WINOGRAD_CHANNELS:
-        bfloat16 = draft.bfloat16 and space.channels % 2 == 0 and program.has_bfloat16()
-        kind = program.WINOGRAD_BFLOAT16 if bfloat16 else program.WINOGRAD
-        key = ("winograd", bfloat16, id(weight))
-        packed = draft.once(key, weight, lambda: program.pack_winograd(weight, bfloat16))
+        kind = draft.winograd if space.channels % 2 == 0 else program.WINOGRAD
+        packed = draft.once((kind, id(weight)), weight, lambda: program.pack_winograd(weight, kind))
     else:
         kind = program.CONVOLVE
-        packed = draft.once(("packed", id(weight)), weight, lambda: program.pack(weight))
-    draft.step(kind, source=at, target=target, shape=shape, weight=packed)
-    return Formula(target)
+        packed = draft.once(("packed", id(weight)), weight, lambda: program.pack(weight, groups))
+    draft.step(
+        kind, source=at, target=buffer, shape=shape, weight=packed, groups=groups, group_channels=weight.shape[1]
+    )
+    return Formula(buffer)
 
 
 @lowers(aten.native_batch_norm.default)
@@ -153,6 +156,38 @@ def _relu(draft: Draft, node: Node) -> Formula:
     if formula.slope is not None:
         formula = Formula(draft.closed(source))
     return replace(formula, base=_base_of(draft, formula, source), slope=slope)
+
+
+_FUNCTIONS: dict[Any, int] = {
+    aten.sigmoid.default: program.SIGMOID,
+    aten.tanh.default: program.TANH,
+    aten.silu.default: program.SILU,
+    aten.gelu.default: program.GELU,
+    aten.elu.default: program.ELU,
+    aten.hardtanh.default: program.CLAMP,
+    aten.hardsigmoid.default: program.HARD_SIGMOID,
+    aten.hardswish.default: program.HARD_SWISH,
+}
+
+
+@lowers(*_FUNCTIONS)
+def _activation(draft: Draft, node: Node) -> Formula:
+    source = _only_first(draft, node)
+    function, parameters = _FUNCTIONS[node.target], [*arguments(node)[1:]]
+    if function == program.GELU and node.kwargs.get("approximate", "none") == "tanh":
+        function = program.GELU_TANH
+    elif function == program.ELU:
+        parameters += [1.0] * (3 - len(parameters))
+    elif function == program.CLAMP:
+        parameters += [-1.0, 1.0][len(parameters) :]
+    formula = draft.formulas[source]
+    base, norm = _base_of(draft, formula, source), formula.norm if formula.normalised else program.NONE
+    at = draft.closed(source)
+    target = draft.buffer(draft.spaces[at])
+    draft.step(
+        program.ACTIVATE, source=at, target=target, norm=norm, base=base, function=function, parameters=parameters
+    )
+    return Formula(target)
 
 
 def _base_of(draft: Draft, formula: Formula, operand: Node) -> Tensor | None:
@@ -198,9 +233,31 @@ def _max_pool(draft: Draft, node: Node) -> Formula:
     if formula.slope is None:
         formula = replace(formula, base=_base_of(draft, formula, source))
     space, outputs = draft.space_of(formula), draft.values.like(node)
-    per_axis = [[*part] * (3 - len(part)) for part in (kernel, stride, padding, dilation)]
-    shape = window(space, space_of(outputs.shape), *per_axis)
+    kernel, stride, padding, dilation = ([*part] * (3 - len(part)) for part in (kernel, stride, padding, dilation))
+    shape = window(space, space_of(outputs.shape), kernel, stride, padding, dilation)
     return Formula(draft.pooled(formula, shape))
+
+
+@lowers(aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default)
+def _average_pool(draft: Draft, node: Node) -> Formula:
+    source = _only_first(draft, node)
+    sides, outputs = draft.values.like(source).shape[2:], draft.values.like(node).shape
+    _require(len(outputs) == 4)
+    if node.target is aten._adaptive_avg_pool2d.default:
+        _require(all(side % out == 0 for side, out in zip(sides, outputs[2:], strict=True)))
+        kernel = stride = [side // out for side, out in zip(sides, outputs[2:], strict=True)]
+        padding = [0, 0]
+    else:
+        given = arguments(node)[1:]
+        kernel, stride, padding, beyond, padded, divisor = given + ([], [0, 0], False, True, None)[len(given) - 1 :]
+        _require(not beyond and divisor is None and (padded or not any(padding)))
+        kernel, stride, padding = ([*part] * (3 - len(part)) for part in (kernel, stride or kernel, padding))
+    at = draft.closed(source)
+    space = draft.spaces[at]
+    shape = window(space, space_of(outputs), kernel, stride, padding, [1, 1])
+    target = draft.buffer(replace(space, height=shape.out_height, width=shape.out_width))
+    draft.step(program.AVERAGE, source=at, target=target, shape=shape)
+    return Formula(target)
 
 
 @lowers(aten.mean.dim)

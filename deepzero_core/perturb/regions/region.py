@@ -158,7 +158,8 @@ def plan(
     inputs = values.like(arguments(entry.node)[0])
     if not program.suits(inputs):
         return None
-    draft = Draft(values, read, packed, bfloat16, len(inputs))
+    winograd = _rounded(entry, changed) if bfloat16 and program.has_bfloat16() else program.WINOGRAD
+    draft = Draft(values, read, packed, winograd, len(inputs))
     external: dict[int, int] = {}
     try:
         if entry.position:
@@ -177,6 +178,23 @@ def plan(
         weight, groups = values[entry.operand].shape, arguments(entry.node)[8]
     laid_out, costs = lay_out(draft, external), _costs(draft)
     return Region(entry, frozenset(nodes), exits, laid_out, costs, weight, groups, inputs.shape)
+
+
+_CHAIN = 6
+"""Longer chains of convolutions add up more rounding errors than a gradient to 1 % can have."""
+
+
+def _rounded(entry: Entry, changed: Sequence[Node]) -> int:
+    """How convolutions round to bfloat16: by how many of them a change has to pass on its shortest way to the loss.
+
+    Past a residual block it goes on unrounded.
+    """
+    passed = {entry.node: 0}
+    for node in changed[changed.index(entry.node) + 1 :]:
+        before = [passed[operand] for operand in node.all_input_nodes if operand in passed]
+        if before:
+            passed[node] = min(before) + (node.target is aten.convolution.default)
+    return program.WINOGRAD_FINE if passed[changed[-1]] > _CHAIN else program.WINOGRAD_BFLOAT16
 
 
 def _lowered(draft: Draft, entry: Entry, changed: Sequence[Node]) -> list[Node]:
@@ -235,7 +253,7 @@ def _parameter_moved(draft: Draft, entry: Entry) -> Formula:
     return Formula(target)
 
 
-_PRODUCTS = (program.CONVOLVE, program.WINOGRAD, program.WINOGRAD_BFLOAT16)
+_PRODUCTS = (program.CONVOLVE, *program.TILED)
 
 
 def _costs(draft: Draft) -> dict[str, Cost]:

@@ -6,9 +6,7 @@ The kernel takes a few rows at a time. Where it cannot, and where a parameter or
 three operators answer one after the other.
 """
 
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +14,7 @@ from torch import Tensor
 from deepzero_core.perturb.changes import Change
 from deepzero_core.perturb.native import dense as native
 from deepzero_core.perturb.rewriting.feed_forward import feed_forward
-from deepzero_core.perturb.rules.elementwise import rule_for
-from deepzero_core.perturb.rules.general import general
+from deepzero_core.perturb.rules.parts import change_of_part
 from deepzero_core.perturb.rules.registry import Call, Result, only_change, rule
 from deepzero_core.perturb.rules.smooth import TERMS, coefficients
 
@@ -57,21 +54,8 @@ def _one_after_the_other(call: Call, hidden: Tensor) -> Result:
     bias, weight, inputs, bias_2, weight_2, function, arguments, keywords = call.args
     c, w, x, c_2, w_2, *_ = call.changes
     activated = call.once("activated", lambda: function(hidden, *arguments, **keywords))
-    h = _change(call, "first", aten.addmm.default, (bias, inputs, weight), {}, (c, x, w), hidden)
-    a = _change(call, "f", function, (hidden, *arguments), keywords, (h, *[None] * len(arguments)), activated)
+    h = change_of_part(call, "first", aten.addmm.default, (bias, inputs, weight), {}, (c, x, w), hidden)
+    a = change_of_part(call, "f", function, (hidden, *arguments), keywords, (h, *[None] * len(arguments)), activated)
     operands, moved = (bias_2, activated, weight_2), (c_2, a, w_2)
-    found: Result = _change(call, "second", aten.addmm.default, operands, {}, moved, call.output)
+    found: Result = change_of_part(call, "second", aten.addmm.default, operands, {}, moved, call.output)
     return found
-
-
-def _change(
-    call: Call, name: str, target: Any, args: tuple[Any, ...], kwargs: Any, changes: tuple[Any, ...], output: Tensor
-) -> Any:
-    """The change of one of the operators that this one consists of; None where it does not move."""
-    if all(change is None for change in changes):
-        return None
-    kept: dict[str, Any] = call.once(f"kept by {name}", dict)
-    part = replace(call, target=target, args=args, kwargs=kwargs, changes=changes, output=output, kept=kept, own={})
-    found = rule_for(target)
-    change = found(part) if found is not None else None
-    return general(part) if change is None else change

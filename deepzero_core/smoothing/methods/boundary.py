@@ -3,6 +3,10 @@
     RGE   gᵢ = (1/q) Σₖ [l(zᵢ + μuᵢₖ) − l(zᵢ)]/μ · uᵢₖ,   uᵢₖ ~ N(0, I), each example its own
     CGE   gᵢ = Σⱼ [l(zᵢ + μeⱼ) − l(zᵢ)]/μ · eⱼ            over n coordinates: all of them, or n drawn for each example
 
+Where there are more queries than coordinates, CGE asks again, in rounds over all coordinates: from the other side,
+which makes the differences central, and then at smaller steps (`deepzero_core.estimators.stencil`); the coordinates of
+a last round that is not full are drawn for each example.
+
 z: [B, …]; gradients: [B, …]. Losses are taken in float64 from the answers. A query is one evaluation of the loss on
 the whole batch, that is B examples asked of the black box. P queries are one question of P·B examples.
 
@@ -23,8 +27,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from deepzero_core.errors import RequestError, suggest
+from deepzero_core.estimators.stencil import Stencil
 from deepzero_core.perturb.estimate import check_arguments
 
 ESTIMATORS = ("rge", "cge")
@@ -41,8 +47,8 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 class Estimator:
     """How a step's queries become a gradient at the boundary.
 
-    queries: the most that a step may spend, the base one included. "rge" spends all of them (all but one, where the
-    central difference does not come out even); "cge" no more than it has coordinates for.
+    queries: what a step spends, the base one included: all of them, or all but one where the central difference does
+    not come out even. difference: of "cge", how it begins, forward or on both sides of a coordinate at once.
 
     RequestError: unknown estimator or difference, μ not positive, queries that do not pay for one slope.
     """
@@ -66,14 +72,15 @@ class Estimator:
     def _each(self) -> int:
         return 2 if self.difference == "central" else 1
 
-    def slopes(self, size: int) -> int:
-        """Directions or coordinates of a step, where an example has `size` numbers at the boundary."""
-        affordable = (self.queries - 1) // self._each
-        return affordable if self.name == "rge" else min(affordable, size)
+    @property
+    def slopes(self) -> int:
+        """Directions of a step, or coordinates, with those that come again counted again."""
+        return (self.queries - 1) // self._each
 
-    def cost(self, size: int) -> int:
+    @property
+    def cost(self) -> int:
         """Queries of a step, the base one included."""
-        return 1 + self.slopes(size) * self._each
+        return 1 + self.slopes * self._each
 
     def gradient(
         self, losses: Losses, z: Tensor, base: Tensor, generator: torch.Generator, *, widest: int = 0
@@ -83,16 +90,46 @@ class Estimator:
         widest: numbers per example that `losses` makes of a value on the way, where they are more than the value's own.
         """
         flat = z.flatten(1)
-        count = self.slopes(flat.shape[1])
-        draw = self._random if self.name == "rge" else self._coordinates(flat, count, generator)
-        gradient = torch.zeros_like(flat)
         each = 3 * len(flat) * max(widest, flat.shape[1]) * flat.element_size()
         at_once = max(1, _MEMORY // max(1, each))
-        for start in range(0, count, at_once):
-            directions = draw(flat, range(start, min(start + at_once, count)), generator)
+        by = self._by_directions if self.name == "rge" else self._by_coordinates
+        return by(losses, z, base, generator, at_once).view_as(z)
+
+    def _by_directions(
+        self, losses: Losses, z: Tensor, base: Tensor, generator: torch.Generator, at_once: int
+    ) -> Tensor:
+        flat = z.flatten(1)
+        gradient = torch.zeros_like(flat)
+        for start in range(0, self.slopes, at_once):
+            chunk = range(start, min(start + at_once, self.slopes))
+            # One draw per direction: what is drawn does not depend on how many are evaluated together.
+            each = [torch.randn(flat.shape, generator=generator, dtype=torch.float32) for _ in chunk]
+            directions = torch.stack(each).to(flat)
             slopes = self._slopes(losses, z, base, directions)
             gradient += torch.einsum("pb,pbd->bd", slopes.to(flat), directions)
-        return (gradient / count if self.name == "rge" else gradient).view_as(z)
+        return gradient / self.slopes
+
+    def _by_coordinates(
+        self, losses: Losses, z: Tensor, base: Tensor, generator: torch.Generator, at_once: int
+    ) -> Tensor:
+        """Rounds over all coordinates, each of one evaluation, or two for the central difference."""
+        flat, each = z.flatten(1), self._each
+        batch, size = flat.shape
+        full, left = divmod(self.slopes, size)
+        last = torch.rand(batch, size, generator=generator).argsort(1)[:, :left].to(z.device) if left else None
+        rounds = [torch.arange(size, device=z.device).expand(batch, size)] * full + ([] if last is None else [last])
+        counts = torch.full((batch, size), full * each, device=z.device)
+        if last is not None:
+            counts.scatter_add_(1, last, torch.full_like(last, each))
+        stencil = Stencil(len(rounds) * each)
+        weights = torch.stack([stencil.weights(count) for count in range(stencil.most + 1)]).to(z.device)
+        gradient = torch.zeros(batch, size, dtype=torch.float64, device=z.device)
+        for number in range(stencil.most):
+            for columns in rounds[number // each].split(at_once, 1):
+                directions = F.one_hot(columns.T, size).to(flat)
+                change = (_at(losses, z, directions, stencil.step(number) * self.mu) - base) / self.mu
+                gradient.scatter_add_(1, columns, change.T * weights[counts.gather(1, columns), number])
+        return gradient.to(flat)
 
     def _slopes(self, losses: Losses, z: Tensor, base: Tensor, directions: Tensor) -> Tensor:
         """[P, B] along directions [P, B, d]."""
@@ -100,30 +137,6 @@ class Estimator:
         if self.difference == "central":
             return (above - _at(losses, z, directions, -self.mu)) / (2 * self.mu)
         return (above - base) / self.mu
-
-    @staticmethod
-    def _random(flat: Tensor, chunk: range, generator: torch.Generator) -> Tensor:
-        # One draw per direction: what is drawn does not depend on how many are evaluated together.
-        each = [torch.randn(flat.shape, generator=generator, dtype=torch.float32) for _ in chunk]
-        return torch.stack(each).to(flat)
-
-    @staticmethod
-    def _coordinates(
-        flat: Tensor, count: int, generator: torch.Generator
-    ) -> Callable[[Tensor, range, torch.Generator], Tensor]:
-        batch, size = flat.shape
-        if count == size:
-            chosen = torch.arange(size).expand(batch, size)
-        else:
-            chosen = torch.rand(batch, size, generator=generator).argsort(1)[:, :count]
-
-        def one_hot(flat: Tensor, chunk: range, _: torch.Generator) -> Tensor:
-            columns = chosen[:, chunk.start : chunk.stop].T.to(flat.device)
-            return torch.zeros(*columns.shape, size, dtype=flat.dtype, device=flat.device).scatter_(
-                2, columns[..., None], 1.0
-            )
-
-        return one_hot
 
 
 def _at(losses: Losses, z: Tensor, directions: Tensor, step: float) -> Tensor:

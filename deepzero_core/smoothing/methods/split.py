@@ -18,8 +18,9 @@ Relative error of the denoiser's gradient (cosine with the exact one), differenc
     random directions, orthonormal             –            –     1.67 (.536)   .92 (.669)
     random directions, normal (ZO-DS)          –            –     2.12 (.314)  1.46 (.407)
 
-With 2·C·H·W + 1 queries or more, every coefficient is a central difference, and the estimate is the exact gradient up
-to O(μ²).
+With more queries than C·H·W + 1 coefficients are asked for again, in rounds over all of them of which the last is
+shared out as above: from the other side and then at smaller steps (`deepzero_core.estimators.stencil`). With
+2·C·H·W + 1 or more every coefficient is a central difference at least, and the estimate the exact gradient up to O(μ²).
 """
 
 import math
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepzero_core.errors import RequestError
+from deepzero_core.estimators.stencil import Stencil
 from deepzero_core.perturb.black_box import BlackBox
 from deepzero_core.perturb.estimate import GradientEstimate, check_arguments
 from deepzero_core.smoothing.losses import squared_distance, stability
@@ -48,7 +50,7 @@ class DeepZeroSplit:
 
     classifier: the black box, images [N, C, H, W] in [0, 1] → logits [N, K].
     image_shape: (C, H, W). sigma: standard deviation of the noise, in units of the images.
-    queries: the most of a step, the base one included; more than 2·C·H·W + 1 are of no use and are not spent.
+    queries: of a step, the base one included.
     mu: length of the step in units of the images, ‖·‖₂; for answers in float32 (see `boundary`).
     reconstruction: weight w of ‖z − x‖², whose gradient 2w(z − x) needs no query.
     Batches hold clean images and the labels that the classifier gives them; the module is the denoiser. A query stands
@@ -74,12 +76,8 @@ class DeepZeroSplit:
     def _size(self) -> int:
         return math.prod(self.image_shape)
 
-    @property
-    def _central(self) -> bool:
-        return self.queries > 2 * self._size
-
     def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
-        return 1 + (2 * self._size if self._central else min(self.queries - 1, self._size))
+        return self.queries
 
     def estimate(self, module: nn.Module, batch: Batch, coordinates: Coordinates | None) -> GradientEstimate:
         def boundary(z: Tensor) -> AtBoundary:
@@ -93,22 +91,23 @@ class DeepZeroSplit:
         return chain_rule(module, inputs, boundary, queries=self.cost(module, coordinates))
 
     def _gradient(self, z: Tensor, logits: Tensor, base: Tensor, labels: Tensor) -> Tensor:
-        cosines = Cosines(self.image_shape, z)
-        counts = share_out(hardness(logits, labels), (self.queries - 1) * len(z), self._size).to(z.device)
-        owners = torch.arange(len(z), device=z.device).repeat_interleave(counts)
-        ranks = torch.arange(len(owners), device=z.device) - (counts.cumsum(0) - counts)[owners]
-        coefficients = torch.zeros(len(z), self._size, dtype=z.dtype, device=z.device)
-        at_once = max(1, _MEMORY // (3 * self._size * z.element_size()))
-        for some, which in zip(owners.split(at_once), ranks.split(at_once), strict=True):
-            step = self.mu * cosines.images(which)
-            above = stability(self.classifier(z[some] + step).double(), labels[some])
-            if self._central:
-                below = stability(self.classifier(z[some] - step).double(), labels[some])
-                slopes = (above - below) / (2 * self.mu)
-            else:
-                slopes = (above - base[some]) / self.mu
-            coefficients[some, which] = slopes.to(z.dtype)
-        return cosines.sum(coefficients)
+        batch, size, cosines = len(z), self._size, Cosines(self.image_shape, z)
+        full, left = divmod(self.queries - 1, size)
+        last = share_out(hardness(logits, labels), left * batch, size).to(z.device)
+        rounds = [torch.full_like(last, size)] * full + ([last] if left else [])
+        stencil = Stencil(len(rounds))
+        weights = torch.stack([stencil.weights(count) for count in range(stencil.most + 1)]).to(z.device)
+        coefficients = torch.zeros(batch, size, dtype=torch.float64, device=z.device)
+        at_once = max(1, _MEMORY // (3 * size * z.element_size()))
+        for number, counts in enumerate(rounds):
+            owners = torch.arange(batch, device=z.device).repeat_interleave(counts)
+            ranks = torch.arange(len(owners), device=z.device) - (counts.cumsum(0) - counts)[owners]
+            for some, which in zip(owners.split(at_once), ranks.split(at_once), strict=True):
+                moved = z[some] + stencil.step(number) * self.mu * cosines.images(which)
+                slopes = (stability(self.classifier(moved).double(), labels[some]) - base[some]) / self.mu
+                evaluations = full + (which < last[some]).long()
+                coefficients.index_put_((some, which), slopes * weights[evaluations, number], accumulate=True)
+        return cosines.sum(coefficients.to(z.dtype))
 
 
 def hardness(logits: Tensor, labels: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class ZerothOrderAEDS:
         require_evaluation(self.decoder)
 
     def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
-        return self.estimator.cost(self.latent)
+        return self.estimator.cost
 
     def estimate(self, module: nn.Module, batch: Batch, coordinates: Coordinates | None) -> GradientEstimate:
         def answer(latents: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:

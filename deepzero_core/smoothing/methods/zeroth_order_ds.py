@@ -1,6 +1,5 @@
 """ZO-DS: a zeroth-order gradient at the classifier's input, and backpropagation of it into the denoiser."""
 
-import math
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class ZerothOrderDS:
     reconstruction: float = 0.0
 
     def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
-        return self.estimator.cost(math.prod(self.image_shape))
+        return self.estimator.cost
 
     def estimate(self, module: nn.Module, batch: Batch, coordinates: Coordinates | None) -> GradientEstimate:
         def losses(images: Tensor, owners: Tensor) -> Tensor:
