@@ -62,13 +62,14 @@ class Answers:
         while len(self.chosen) < len(self._tasks):
             idle = len(self._tasks) - len(self.chosen) < self._workers()
             quarter_s, looked = self._timeout_s() / 4, time.monotonic()
-            look_s = min(_GRACE_S if idle else 5.0, quarter_s)
+            look_s = min(_GRACE_S if idle else 1.0, quarter_s)
             try:
                 self._take(self._done.get(timeout=look_s))
             except queue.Empty:
                 # A machine that was asleep has not waited: a look counts for little more than it was to take.
                 self._waited += min(time.monotonic() - looked, look_s + min(1.0, quarter_s))
                 self._check()
+                idle = True  # so many may be open only because a slow worker has them all
             if idle:
                 self._ask_again()
 

@@ -105,7 +105,7 @@ def test_the_image_is_pinned_small_and_not_root() -> None:
     assert "rm -rf /var/lib/apt/lists" in DOCKERFILE and "--no-install-recommends" in DOCKERFILE
     for source in re.findall(r"^COPY (?!--from)(?:--\S+ )?(.+) \S+$", DOCKERFILE, re.MULTILINE):
         for name in source.split():
-            assert (ROOT / name).exists() or name == "prefect.yaml", name
+            assert (ROOT / name).exists(), name
 
 
 def test_the_image_takes_nothing_that_it_need_not() -> None:
