@@ -226,22 +226,6 @@ def test_what_the_cost_model_does_not_know_is_not_predicted(in_home: Callable[..
     assert not any(name in line for line in lines for name in ("step_seconds", "predicted_seconds", "share_of_peak"))
 
 
-def test_a_run_begun_before_there_were_predictions_goes_on(
-    in_home: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        interrupt_after(8, patch)
-        in_home("old")
-    (history,) = (tmp_path / "old").glob("stages/train/*/history.jsonl")
-    old = [json.loads(line) for line in history.read_text().splitlines()]
-    for line in old:
-        for name in ("step_seconds", "predicted_seconds", "share_of_peak"):
-            line.pop(name, None)
-    history.write_text("".join(json.dumps(line) + "\n" for line in old))
-    lines = [line for line in read(in_home("old").history) if line["kind"] == "step"]
-    assert ["share_of_peak" in line for line in lines] == [False] * 6 + [True] * 6
-
-
 def test_workers_or_none_give_the_same_bits(in_home: Callable[..., Trained]) -> None:
     alone = in_home("alone")
     spread = in_home("spread", "cluster.workers=2")
@@ -312,6 +296,6 @@ def test_the_settings_of_the_trainer_are_those_of_the_experiment(prepared: Prepa
         ("first-order-sparse-gradients", RATIOS, False, None),
         ("first-order-sparse-weights", None, True, None),
     ):
-        settings = training._settings(experiment, batches, pruned(tmp_path), method)
+        settings = training.settings_of(experiment, batches, pruned(tmp_path), method)
         assert (settings.ratios, settings.weight_masks is not None, settings.query_budget) == (ratios, masks, budget)
         assert settings.steps == settings.schedule.steps == 12
