@@ -34,6 +34,11 @@ def reported(tmp_path: Path) -> Reported:
     )
 
 
+@flow
+def show(reported: Reported, title: str, url: str) -> None:
+    show_report(reported, title=title, run_id=RUN, url=url)
+
+
 def shown() -> dict[str, Any]:
     with get_client(sync_client=True) as client:
         return {str(artifact.key): artifact for artifact in client.read_latest_artifacts()}
@@ -43,7 +48,7 @@ def test_pictures_are_shown_where_a_server_has_them(
     prefect_server: None, reported: Reported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:5999")
-    show_report(reported, title="Title", run_id=RUN, url="http://127.0.0.1:5999/#/x")
+    show(reported, "Title", "http://127.0.0.1:5999/#/x")
     found = shown()
     address = f"http://127.0.0.1:5999/get-artifact?path=report%2Fcurves.png&run_uuid={RUN}"
     assert (found["picture-learning-curves"].type, found["picture-learning-curves"].data) == ("image", address)
@@ -60,10 +65,11 @@ def test_without_a_server_for_them_there_are_no_broken_pictures(
     prefect_server: None, reported: Reported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    show_report(reported, title="Local", run_id=RUN, url="http://127.0.0.1:5000/#/x")
+    show(reported, "Local", "http://127.0.0.1:5000/#/x")
     assert "![" not in shown()["report"].data
 
 
+@pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow:FutureWarning")  # a flow has a client already
 def test_a_server_that_is_gone_is_a_line_in_the_log(reported: Reported, caplog: pytest.LogCaptureFixture) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
