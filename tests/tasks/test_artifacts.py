@@ -14,9 +14,6 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from tasks.artifacts import Gauge, show_report, slug
 from tasks.records import Reported
 
-# The report is shown here without the flow around it.
-pytestmark = pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow:FutureWarning")
-
 RUN = "0123456789abcdef0123456789abcdef"
 
 
