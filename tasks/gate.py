@@ -87,17 +87,16 @@ def gate(uri: str) -> Gate:
 
 def answers(uri: str) -> bool:
     """Whether a server says within two seconds that it is well, or a database's host listens; files always are."""
-    address = urlsplit(uri)
     if uri.startswith(REMOTE):
         try:
             # Any answer is one: proxies in front of MLflow need not let this page through.
             return httpx.get(uri.rstrip("/") + "/health", timeout=PROBE_S).status_code < 500
         except (httpx.HTTPError, httpx.InvalidURL, OSError):
             return False
-    if address.hostname is None or address.port is None:
-        return True
     try:
-        socket.create_connection((address.hostname, address.port), timeout=PROBE_S).close()
-    except OSError:
+        address = urlsplit(uri)
+        if address.hostname is not None and address.port is not None:
+            socket.create_connection((address.hostname, address.port), timeout=PROBE_S).close()
+    except (OSError, ValueError):
         return False
     return True

@@ -195,15 +195,17 @@ def _alive(pid: str, started: str) -> bool:
 
 def probe(uri: str) -> None:
     """OSError at once where no server listens; MLflow itself would try again for minutes."""
-    address = urlsplit(uri)
-    if address.scheme in ("http", "https") and address.hostname:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname, port), timeout=10).close()
+    try:
+        address = urlsplit(uri)
+        host, port = address.hostname, address.port or (443 if address.scheme == "https" else 80)
+    except ValueError:  # whose message may hold a piece of a password
+        raise OSError("this is no address that can be read") from None
+    if address.scheme in ("http", "https") and host:
+        socket.create_connection((host, port), timeout=10).close()
 
 
 def without_password(uri: str) -> str:
-    address = urlsplit(uri)
-    return uri.replace(f":{address.password}@", ":…@") if address.password else uri
+    return hidden(uri)
 
 
 def _without_user(uri: str) -> str:

@@ -19,6 +19,7 @@ from configs.schema import Experiment
 from deepzero_core.data import prepare
 from deepzero_core.errors import WorkError
 from deepzero_core.training import Trainer
+from deepzero_core.training.checkpoint import load, save
 from tasks import train as training
 from tasks.history import History, read
 from tasks.records import Prepared, Pruned, Trained
@@ -238,6 +239,10 @@ def test_a_run_begun_before_there_were_predictions_goes_on(
         for name in ("step_seconds", "predicted_seconds", "share_of_peak"):
             line.pop(name, None)
     history.write_text("".join(json.dumps(line) + "\n" for line in old))
+    for path in history.parent.glob("checkpoints/*.ckpt"):  # nor did checkpoints know their history
+        state = load(path)
+        del state["history"]
+        save(path, state)
     lines = [line for line in read(in_home("old").history) if line["kind"] == "step"]
     assert ["share_of_peak" in line for line in lines] == [False] * 6 + [True] * 6
 
@@ -312,6 +317,6 @@ def test_the_settings_of_the_trainer_are_those_of_the_experiment(prepared: Prepa
         ("first-order-sparse-gradients", RATIOS, False, None),
         ("first-order-sparse-weights", None, True, None),
     ):
-        settings = training._settings(experiment, batches, pruned(tmp_path), method)
+        settings = training.settings_of(experiment, batches, pruned(tmp_path), method)
         assert (settings.ratios, settings.weight_masks is not None, settings.query_budget) == (ratios, masks, budget)
         assert settings.steps == settings.schedule.steps == 12
