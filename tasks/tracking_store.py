@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -194,14 +193,8 @@ def _alive(pid: str, started: str) -> bool:
 
 
 def probe(uri: str) -> None:
-    """OSError at once where no server listens; MLflow itself would try again for minutes."""
-    try:
-        address = urlsplit(uri)
-        host, port = address.hostname, address.port or (443 if address.scheme == "https" else 80)
-    except ValueError:  # whose message may hold a piece of a password
-        raise OSError("this is no address that can be read") from None
-    if address.scheme in ("http", "https") and host:
-        socket.create_connection((host, port), timeout=10).close()
+    """OSError at once where nobody listens; MLflow itself would try again for minutes."""
+    gate.knock(uri, timeout_s=10)
 
 
 def without_password(uri: str) -> str:
