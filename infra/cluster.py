@@ -1,6 +1,7 @@
 """The Dask cluster that forward passes are evaluated on: a client of it, for as long as a block lasts."""
 
 import asyncio
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from uuid import uuid4
 import dask
 from distributed import Client, LocalCluster, Security
 from distributed.comm import connect as dask_connect
+from distributed.utils import silence_logging_cmgr
 
 from configs.clusters import CudaWorkers, RunningScheduler
 from configs.schema import ClusterConfig
@@ -106,7 +108,8 @@ def _client_of(address: str, security: Security | None, timeout_s: float, key: s
             f"no Dask scheduler answers at {key}={address!r} within {timeout_s:g} s; "
             "start one with `dask scheduler`, or leave the address out for local workers"
         ) from error
-    with client:
+    # Of a scheduler that is lost Dask logs every attempt to reach it, tracebacks included; we say it once.
+    with silence_logging_cmgr(logging.CRITICAL), client:
         yield client
 
 

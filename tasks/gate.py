@@ -19,6 +19,7 @@ import httpx
 _log = logging.getLogger(__name__)
 
 REMOTE = ("http://", "https://")
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 PROBE_S = 2.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 30.0
 
@@ -87,17 +88,28 @@ def gate(uri: str) -> Gate:
 
 def answers(uri: str) -> bool:
     """Whether a server says within two seconds that it is well, or a database's host listens; files always are."""
-    address = urlsplit(uri)
     if uri.startswith(REMOTE):
         try:
             # Any answer is one: proxies in front of MLflow need not let this page through.
             return httpx.get(uri.rstrip("/") + "/health", timeout=PROBE_S).status_code < 500
         except (httpx.HTTPError, httpx.InvalidURL, OSError):
             return False
-    if address.hostname is None or address.port is None:
-        return True
     try:
-        socket.create_connection((address.hostname, address.port), timeout=PROBE_S).close()
+        knock(uri, PROBE_S)
     except OSError:
         return False
     return True
+
+
+def knock(uri: str, timeout_s: float) -> None:
+    """OSError at once where nobody listens at the address of a server; MLflow would try for minutes. Files always are.
+
+    The error does not hold a piece of the address, which may be one of a password.
+    """
+    try:
+        address = urlsplit(uri)
+        host, port = address.hostname, address.port or _PORTS.get(address.scheme.partition("+")[0])
+    except ValueError:
+        raise OSError("this is no address that can be read") from None
+    if host and port:
+        socket.create_connection((host, port), timeout=timeout_s).close()

@@ -163,7 +163,9 @@ class Loop:
         seconds = state.get("seconds")
         if not isinstance(state.get("config_digest"), str) or not isinstance(seconds, float) or not seconds >= 0:
             return "is none of a training"
-        return None if intact(history, state.get("history")) else f"belongs to a history that {history} is no longer"
+        if "history" in state and not intact(history, state["history"]):
+            return f"belongs to a history that {history} is no longer"
+        return None
 
     def _explained(self) -> Iterator[StepRecord]:
         """The trainer's records; a loss that is no longer finite is reported with the last good checkpoint."""

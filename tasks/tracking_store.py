@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -194,16 +193,12 @@ def _alive(pid: str, started: str) -> bool:
 
 
 def probe(uri: str) -> None:
-    """OSError at once where no server listens; MLflow itself would try again for minutes."""
-    address = urlsplit(uri)
-    if address.scheme in ("http", "https") and address.hostname:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname, port), timeout=10).close()
+    """OSError at once where nobody listens; MLflow itself would try again for minutes."""
+    gate.knock(uri, timeout_s=10)
 
 
 def without_password(uri: str) -> str:
-    address = urlsplit(uri)
-    return uri.replace(f":{address.password}@", ":…@") if address.password else uri
+    return hidden(uri)
 
 
 def _without_user(uri: str) -> str:

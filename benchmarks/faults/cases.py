@@ -240,13 +240,13 @@ def mlflow_hangs(bench: Bench, draw: random.Random) -> Outcome:
     return home, [run]
 
 
-@case("sleep", "SIGSTOP of everything for 10 s, time-outs of 3 s; then SIGCONT", "the run goes on")
+@case("sleep", "SIGSTOP of everything for 40 s, with time-outs of 15 s; then SIGCONT", "the run goes on")
 def sleep(bench: Bench, draw: random.Random) -> Outcome:
     home = bench.home()
-    run = home.start(*bench.run, "--set", "cluster.timeout_s=3")
+    run = home.start(*bench.run, "--set", "cluster.timeout_s=15")
     home.wait_for_step(run, somewhere(draw))
     run.send(signal.SIGSTOP)
-    time.sleep(10)
+    time.sleep(40)
     run.send(signal.SIGCONT)
     assert run.wait() == 0, run.errors
     return home, [run]

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(900)
 )
 def test_nothing_is_lost(faults_bench: Bench, case: Case) -> None:
     try:
-        assert once(faults_bench, case, random.Random(0)) == []
+        assert once(faults_bench, case, random.Random(0), beside=not case.quick) == []
     except Skipped as reason:
         pytest.skip(str(reason))
 

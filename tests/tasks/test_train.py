@@ -19,6 +19,7 @@ from configs.schema import Experiment
 from deepzero_core.data import prepare
 from deepzero_core.errors import WorkError
 from deepzero_core.training import Trainer
+from deepzero_core.training.checkpoint import load, save
 from tasks import train as training
 from tasks.history import History, read
 from tasks.records import Prepared, Pruned, Trained
@@ -224,6 +225,26 @@ def test_what_the_cost_model_does_not_know_is_not_predicted(in_home: Callable[..
     lines = [line for line in read(in_home("exact", method="first-order").history) if line["kind"] == "step"]
     assert len(lines) == 12
     assert not any(name in line for line in lines for name in ("step_seconds", "predicted_seconds", "share_of_peak"))
+
+
+def test_a_run_begun_before_there_were_predictions_goes_on(
+    in_home: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(8, patch)
+        in_home("old")
+    (history,) = (tmp_path / "old").glob("stages/train/*/history.jsonl")
+    old = [json.loads(line) for line in history.read_text().splitlines()]
+    for line in old:
+        for name in ("step_seconds", "predicted_seconds", "share_of_peak"):
+            line.pop(name, None)
+    history.write_text("".join(json.dumps(line) + "\n" for line in old))
+    for path in history.parent.glob("checkpoints/*.ckpt"):  # nor did checkpoints know their history
+        state = load(path)
+        del state["history"]
+        save(path, state)
+    lines = [line for line in read(in_home("old").history) if line["kind"] == "step"]
+    assert ["share_of_peak" in line for line in lines] == [False] * 6 + [True] * 6
 
 
 def test_workers_or_none_give_the_same_bits(in_home: Callable[..., Trained]) -> None:
