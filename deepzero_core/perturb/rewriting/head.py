@@ -33,8 +33,12 @@ def fuse_head(graph: GraphModule) -> None:
         logarithms, scores = node.args[0], cast(Node, node.args[0]).all_input_nodes[0]
         if logarithms.target is not aten._log_softmax.default or logarithms.args[1:] not in ((1, False), (-1, False)):
             continue
+        if len(logarithms.users) > 1:  # other parts of the loss need them, too: label smoothing
+            continue
         if scores.target is not aten.addmm.default or scores.kwargs:
             continue
+        for unread in [result for result in node.users if not result.users]:  # the sum of the class weights
+            graph.graph.erase_node(unread)
         results = list(node.users)
         if all(result.target is operator.getitem and result.args[1] == 0 for result in results):
             for result in results:
