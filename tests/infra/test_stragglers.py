@@ -180,7 +180,8 @@ def test_workers_that_come_and_go_within_steps_change_no_bit(steps: Steps, probl
         steps.on(source, 2)
         killing.join(timeout=60)
         assert not killing.is_alive()
-        assert pid not in client.run(os.getpid).values()
+        # The scheduler may not have noticed yet, and then has no answer of it.
+        assert pid not in client.run(os.getpid, on_error="ignore").values()
 
 
 def test_many_workers_get_many_ranges_and_a_short_step_few() -> None:
