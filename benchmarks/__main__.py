@@ -210,9 +210,9 @@ def _scaling(options: argparse.Namespace) -> None:
     report = _Report()
     facts = machine(1, torch.device("cpu"))
     report(f"load {facts['load']} before the start: whatever else runs on this machine is timed too")
-    costs, found = scaling.measure(cases, options.repeats, options.network, report)
-    save(options.json, {"machine": facts, **scaling.document(costs, found)})
-    scaling.show(costs, found)
+    for costs, found in scaling.measure(cases, options.repeats, options.network, report):
+        save(options.json, {"machine": facts, **scaling.document(costs, found)})
+        scaling.show(costs, found)
 
 
 def _slow_worker(options: argparse.Namespace) -> None:

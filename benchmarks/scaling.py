@@ -12,7 +12,7 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,10 @@ def _resnet20(folder: Path) -> Scene:
 CASES: dict[str, Callable[[Path], Scene]] = {"demo": _demo, "cnn5": _cnn5, "resnet20": _resnet20}
 
 
-def measure(cases: Sequence[str], repeats: int, network: float, report: Report) -> tuple[Costs, list[Scaling]]:
-    """Costs of a cluster, and every case on every number of workers."""
+def measure(
+    cases: Sequence[str], repeats: int, network: float, report: Report
+) -> Iterator[tuple[Costs, list[Scaling]]]:
+    """Costs of a cluster, and the cases so far on every number of workers; again after every case."""
     torch.set_num_threads(1)  # as workers have
     costs = cluster_costs(network, report)
     found = []
@@ -139,7 +141,7 @@ def measure(cases: Sequence[str], repeats: int, network: float, report: Report) 
             before = {workers: measured.before(costs, workers) for workers in WORKERS}
             real = {workers: _real(scene, workers, repeats, report, name) for workers in REAL[name]}
             found.append(Scaling(name, scene.about, measured, after, before, real))
-    return costs, found
+            yield costs, found
 
 
 def work_of(scene: Scene, report: Report) -> Measured:
@@ -212,13 +214,14 @@ def document(costs: Costs, found: Sequence[Scaling]) -> dict[str, Any]:
 
 
 def show(costs: Costs, found: Sequence[Scaling]) -> None:
+    """The case that was measured last."""
     console = Console(width=120)
     console.print(
         f"client {costs.client_task * 1e3:.2f} ms a task; scheduler {costs.coordinator_task * 1e3:.2f} ms a task and "
         f"{costs.coordinator_worker * 1e3:.2f} ms a worker; {costs.step * 1e3:.1f} ms a step; round trip "
         f"{costs.round_trip * 1e3:.1f} ms; {costs.bandwidth / 1e9:.2f} GB/s"
     )
-    for one in found:
+    for one in found[-1:]:
         work = one.measured
         table = Table(
             title=f"{one.about}: {sum(work.chunks):.3g} s in {len(work.chunks)} chunks, the longest "

@@ -173,4 +173,5 @@ def test_workers_of_another_host_give_the_same_bits(
     assert len(found["workers"]) == 1 and found["workers"][0].startswith(f"tls://{SECOND}:")
     assert (found["home"], found["folder"], found["sees"]) == (str(there / "home"), str(elsewhere), [])
     assert found["package"] == str(site)
-    assert [entry for entry in found["path"] if entry.startswith((str(here), str(ROOT)))] == []
+    # The environment may lie in the checkout; but nothing is imported from the checkout itself or the first host.
+    assert [entry for entry in found["path"] if entry == str(ROOT) or entry.startswith(str(here))] == []
