@@ -210,7 +210,7 @@ class CertificationConfig(Section):
 
 class ClusterConfig(Section):
     workers: Natural = 2
-    """Local worker processes; 0 evaluates in this process. With an address: workers to wait for."""
+    """Local worker processes; 0 evaluates in this process. With an address or a spec: workers to wait for."""
     address: Text | None = None
     """Address of a running Dask scheduler, such as tcp://host:8786 or tls://host:8786."""
     spec: Text | None = None

@@ -3,7 +3,7 @@
 from prefect import flow
 
 from configs.schema import Experiment
-from flows.experiment import recorded
+from flows.experiment import recorded, tidied
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
 from tasks.prune import prune
@@ -13,7 +13,12 @@ from tasks.stage import Tracking
 from tasks.train import train
 
 
-@flow(name="classify", flow_run_name="{experiment.name}-seed-{experiment.seed}")
+@flow(
+    name="classify",
+    flow_run_name="{experiment.name}-seed-{experiment.seed}",
+    on_cancellation=[tidied],
+    on_crashed=[tidied],
+)
 def classify(experiment: Experiment) -> Reported:
     """Prepare the data, prune, train with the configured method and every baseline, evaluate, report."""
     with recorded("classify", experiment) as tracking:

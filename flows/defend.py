@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from prefect import flow
 
 from configs.defence import Defence
-from flows.experiment import recorded
+from flows.experiment import recorded, tidied
 from tasks.certify import certify_defended
 from tasks.defence_publish import report_defence
 from tasks.defend import defend as train_defence
@@ -17,7 +17,7 @@ from tasks.stage import Tracking
 from tasks.victim import examine
 
 
-@flow(name="defend", flow_run_name="{experiment.name}")
+@flow(name="defend", flow_run_name="{experiment.name}", on_cancellation=[tidied], on_crashed=[tidied])
 def defend(experiment: Defence) -> Reported:
     """Prepare the data, ask the classifier, pre-train, train by every method, certify, report."""
     with recorded("defend", experiment) as tracking:

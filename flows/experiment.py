@@ -5,16 +5,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from prefect.context import get_run_context
+from prefect.context import FlowRunContext, get_run_context
 
 import configs
 from configs.schema import Section
+from deepzero_core.errors import DeepZeroError
 from flows.catalogue import PACKAGES
+from infra.heeded import heeded
 from tasks.environment import environment
 from tasks.stage import Tracking
 from tasks.tracking import Run, initialise
+from tasks.tracking_store import tidy
 from tasks.waiting import patience_s, settle
 
+_log = logging.getLogger(__name__)
 _above: ContextVar[str | None] = ContextVar("_above", default=None)
 
 
@@ -31,7 +35,7 @@ def recorded(flow_name: str, experiment: Section) -> Iterator[Tracking]:
     params = experiment.model_dump(mode="json")
     stopped = True
     try:
-        with Run.start(experiment_id, name, parent=above, tags=tags, params=params) as run:
+        with heeded(), Run.start(experiment_id, name, parent=above, tags=tags, params=params) as run:
             run.text(configs.dump(experiment), "config/experiment.yaml")
             yield Tracking(experiment_id=experiment_id, run_id=run.run_id)
         stopped = False
@@ -51,3 +55,16 @@ def below(run_id: str) -> Iterator[None]:
         yield
     finally:
         _above.reset(token)
+
+
+def tidied(flow: object, flow_run: object, state: object) -> None:
+    """What Prefect calls for a run that was cancelled or has crashed: its process may have been killed untold.
+
+    A worker calls it after the process has ended. The process itself, where that still can, has told everything.
+    """
+    if FlowRunContext.get() is not None:
+        return
+    try:
+        tidy()
+    except DeepZeroError as error:
+        _log.warning("%s", error)

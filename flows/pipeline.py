@@ -4,7 +4,7 @@ from prefect import flow
 
 from configs.schema import Experiment
 from flows.classify import compare
-from flows.experiment import recorded
+from flows.experiment import recorded, tidied
 from tasks.certify import certify
 from tasks.prepare import prepare
 from tasks.prune import prune
@@ -12,7 +12,12 @@ from tasks.publish import report
 from tasks.records import Reported
 
 
-@flow(name="pipeline", flow_run_name="{experiment.name}-seed-{experiment.seed}")
+@flow(
+    name="pipeline",
+    flow_run_name="{experiment.name}-seed-{experiment.seed}",
+    on_cancellation=[tidied],
+    on_crashed=[tidied],
+)
 def pipeline(experiment: Experiment) -> Reported:
     """Train as `classify` does, then certify the trained network by plain randomised smoothing."""
     with recorded("pipeline", experiment) as tracking:

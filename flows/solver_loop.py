@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from prefect import flow
 
 from configs.solver_loop import SolverLoop
-from flows.experiment import recorded
+from flows.experiment import recorded, tidied
 from tasks.couple import couple, pretrain_corrector, share_out_corrector, uncorrected
 from tasks.generate import generate
 from tasks.loop_publish import report_loop
@@ -14,7 +14,7 @@ from tasks.roll_out import roll_out
 from tasks.stage import Tracking
 
 
-@flow(name="solver-loop", flow_run_name="{experiment.name}")
+@flow(name="solver-loop", flow_run_name="{experiment.name}", on_cancellation=[tidied], on_crashed=[tidied])
 def solver_loop(experiment: SolverLoop) -> Reported:
     """Compute the reference, pre-train, train by every method, roll out on the test cases, report."""
     with recorded("solver-loop", experiment) as tracking:

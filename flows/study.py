@@ -10,7 +10,7 @@ from prefect.states import State
 from configs.study import Point, Study
 from deepzero_core.errors import DeepZeroError
 from flows.catalogue import flow_called
-from flows.experiment import below, recorded
+from flows.experiment import below, recorded, tidied
 from tasks.present import SUMMARY
 from tasks.records import Outcome, Reported, Studied
 from tasks.stage import Stage, Tracking, perform, stage_task
@@ -20,7 +20,7 @@ from tasks.tracking_store import one_line
 _log = logging.getLogger("tasks.study")
 
 
-@flow(name="study", flow_run_name="{experiment.name}")
+@flow(name="study", flow_run_name="{experiment.name}", on_cancellation=[tidied], on_crashed=[tidied])
 def study(experiment: Study) -> Reported:
     """Run the flow for every point and seed, one after the other, and report; what is done is not done again."""
     with recorded("study", experiment) as tracking:

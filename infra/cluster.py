@@ -43,9 +43,11 @@ def open_cluster(settings: ClusterConfig, *, mentions: Any = None) -> Iterator[C
     with dask.config.set(SETTINGS):
         if isinstance(spec, RunningScheduler):
             assert spec.address is not None
-            key = "cluster.address" if settings.address or settings.spec else ADDRESS
+            own = bool(settings.address or settings.spec)
+            key = "cluster.address" if own else ADDRESS
             with _client_of(spec.address, _security(spec), timeout_s, key) as client:
-                _wait(client, max(1, workers), timeout_s)
+                # A configuration that names no scheduler does not know how many workers this one has.
+                _wait(client, max(1, workers) if own else 1, timeout_s)
                 with own_code(client, mentions):
                     yield client
             return

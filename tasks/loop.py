@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 
 from deepzero_core.errors import LostError, RequestError, WorkError
 from deepzero_core.training import NonFiniteError, StepRecord, Trainer, check_state
 from deepzero_core.training.checkpoint import load_newest, save_step
+from infra.heeded import REQUESTS
 from tasks.history import History, intact
 from tasks.progress import Progress
 from tasks.stage import Stage
@@ -77,7 +77,7 @@ class Loop:
                         saved_at = time.monotonic()
                     told = record.step
                     progress.advance(f"loss {record.loss:.3f}{note}")
-            except (KeyboardInterrupt, SystemExit, TerminationSignal):
+            except REQUESTS:
                 # The trainer counts a step before it changes a parameter: here nothing is half done.
                 if trainer.step == told:
                     self._checkpoint(history)

@@ -63,15 +63,25 @@ def initialise(name: str) -> str:
         RequestError: the store that the user named does not open.
         WorkError: deepzero's own store does not open, or another process keeps it locked.
     """
-    from tasks.waiting import deliver_waiting  # which needs this module
 
     def opened(client: MlflowClient) -> str:
         experiment = _experiment(client, name)
-        deliver_waiting()
-        _reap(client)
+        _tidied(client)
         return experiment
 
     return with_store(opened)
+
+
+def tidy() -> None:
+    """Tell the store what runs could not, and end what killed processes left running; errors as `initialise`."""
+    with_store(_tidied)
+
+
+def _tidied(client: MlflowClient) -> None:
+    from tasks.waiting import deliver_waiting  # which needs this module
+
+    deliver_waiting()
+    _reap(client)
 
 
 def with_store(use: Callable[[MlflowClient], T]) -> T:

@@ -1,0 +1,151 @@
+"""From `up` to `down` as a user goes: a deployment is triggered, what it runs on is killed, and the result is there."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from stacks import Command, eventually
+
+pytestmark = pytest.mark.timeout(900)
+
+STEPS = 300
+CONFIG = f"""
+name: end-to-end
+data: {{name: digits, batch_size: 64, train_limit: 256, test_limit: 64, crop_padding: 1}}
+model: {{name: cnn, depth: 2, width: 6}}
+pruning: {{method: random, sparsity: 0.3}}
+training:
+  epochs: 100
+  steps: {STEPS}
+  schedule: {{warmup_epochs: 1}}
+  checkpoint_every: 5
+"""
+
+
+def services(deepzero: Command) -> dict[str, dict[str, Any]]:
+    return {row["service"]: row for row in json.loads(deepzero("status", "--json").stdout)}
+
+
+def step(home: Path) -> int:
+    """That of the newest checkpoint of the training."""
+    return max((int(path.stem.partition("-")[2]) for path in home.glob("stages/train/*/checkpoints/*.ckpt")), default=0)
+
+
+def digest(home: Path) -> str:
+    (record,) = home.glob("stages/train/*/record.json")
+    return str(json.loads(record.read_text(encoding="utf-8"))["record"]["weights_digest"])
+
+
+def flow_process(deepzero: Command) -> psutil.Process:
+    (found,) = [each for each in deepzero.processes() if "prefect.engine" in " ".join(each.cmdline())]
+    return found
+
+
+@pytest.fixture
+def watched(module_home: Path) -> Any:
+    """Starts a command of a home whose output goes to a file; killed at the end if it still runs."""
+    started = []
+
+    def start(deepzero: Command, *arguments: str) -> tuple["subprocess.Popen[bytes]", Callable[[], str]]:
+        log = module_home.parent / f"log-{len(started)}"
+        with log.open("wb") as file:
+            command = [sys.executable, "-m", "flows.cli", *arguments]
+            process = subprocess.Popen(command, env=deepzero.environment, stdout=file, stderr=subprocess.STDOUT)
+        started.append(process)
+        return process, lambda: log.read_text(errors="replace")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_triggered_killed_retried_done(module_home: Path, watched: Any) -> None:
+    config = module_home.parent / "config.yaml"
+    config.write_text(CONFIG, encoding="utf-8")
+    deepzero, alone = Command(module_home, {}), Command(module_home.parent / "alone", {})
+    try:
+        up = deepzero("up", "--workers", "1")
+        assert up.returncode == 0, up.stderr
+        pages = dict(line.split()[:2] for line in up.stdout.splitlines() if "http://" in line)
+
+        api, mlflow = f"{pages['Prefect']}/api", f"{pages['MLflow']}/api/2.0/mlflow"
+
+        def goes_on() -> None:
+            at = step(module_home)
+            eventually(lambda: step(module_home) > at or state() != "RUNNING", 240, "the training goes on")
+            assert state() == "RUNNING", said()
+            assert step(module_home) < STEPS
+
+        def state() -> str:
+            found = httpx.post(f"{api}/flow_runs/filter", json={}, timeout=30).json()
+            return str(found[0]["state_type"]) if found else ""
+
+        def retry() -> None:
+            """What the button Retry on the page of the run does."""
+            (run,) = httpx.post(f"{api}/flow_runs/filter", json={}, timeout=30).json()
+            body = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": False}
+
+            def runs() -> bool:
+                # A worker reports a crash once more when its hooks are done: whoever was quicker asks again.
+                if state() in ("FAILED", "CRASHED"):
+                    httpx.post(f"{api}/flow_runs/{run['id']}/set_state", json=body, timeout=30).raise_for_status()
+                return state() == "RUNNING"
+
+            eventually(runs, 120, "it runs again")
+
+        def statuses() -> dict[str, str]:
+            """Of the MLflow runs by name, of several the last."""
+            body = {"experiment_ids": ["1"], "max_results": 100}
+            runs = httpx.post(f"{mlflow}/runs/search", json=body, timeout=30).json()["runs"]
+            return {each["info"]["run_name"]: each["info"]["status"] for each in reversed(runs)}
+
+        process, said = watched(deepzero, "trigger", "classify", "--config", str(config), "--watch")
+        eventually(lambda: step(module_home) >= 5 or process.poll() is not None, 240, "the training is under way")
+
+        # Servers and workers die in one moment: the run waits for its worker and goes on.
+        before = services(deepzero)
+        for name in ("prefect", "mlflow", "dask-worker-1"):
+            os.kill(before[name]["pid"], signal.SIGKILL)
+        eventually(lambda: all(row["healthy"] for row in services(deepzero).values()), 240, "all is well again")
+        goes_on()
+
+        # With the scheduler a step is lost: the run says so and ends with a checkpoint.
+        os.kill(before["dask-scheduler"]["pid"], signal.SIGKILL)
+        assert process.wait(240) == 1, said()
+        assert re.search(rf"failed: .* the Dask scheduler at \S+ was lost .* stands at step \d+ of {STEPS}", said()), (
+            said()
+        )
+        assert statuses()["train cge"] == statuses()["classify end-to-end-seed-0"] == "FAILED"
+        retry()
+        goes_on()
+
+        # The run's own process dies without a word; MLflow hears of it from the worker.
+        flow_process(deepzero).kill()
+        eventually(lambda: state() == "CRASHED", 120, "Prefect sees it")
+        eventually(lambda: statuses()["train cge"] == "KILLED", 60, "MLflow hears of it")
+        assert statuses()["classify end-to-end-seed-0"] == "KILLED"
+        retry()
+        uninterrupted = alone("run", "classify", "--config", str(config), "--set", "cluster.workers=0")
+        assert uninterrupted.returncode == 0, uninterrupted.stderr
+        eventually(lambda: state() != "RUNNING", 240, "the run is over")
+        assert state() == "COMPLETED"
+        assert digest(module_home) == digest(alone.home)
+        assert statuses()["train cge"] == statuses()["classify end-to-end-seed-0"] == "FINISHED"
+
+        down = deepzero("down")
+        assert down.returncode == 0, down.stderr
+        assert deepzero.processes() == []
+    finally:
+        deepzero("down")
+        for each in deepzero.processes():
+            each.kill()
