@@ -156,8 +156,20 @@ def test_every_worker_keeps_a_process_of_its_own_until_the_end(burgers1d: str, t
         simulator.step(state, {})
         assert programs_of(two, "burgers1d") == kept
         assert [len(some) for some in kept.values()] == [1, 1]
+    gone([process for some in kept.values() for process in some])
+
+
+def gone(programs: list[int]) -> None:
+    """Wait until they have ended; one that nobody has collected yet has ended."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
     deadline = time.monotonic() + 10
-    while any(psutil.pid_exists(process) for some in kept.values() for process in some):
+    while any(map(runs, programs)):
         assert time.monotonic() < deadline, "a program outlives the block"
         time.sleep(0.02)
 
@@ -210,7 +222,7 @@ def test_a_worker_killed_in_mid_step_changes_no_bit(caplog: pytest.LogCaptureFix
         assert victim not in client.run(os.getpid).values()
         assert torch.equal(after["velocity"], velocity(80)["velocity"])
         assert (simulator.statistics.steps, simulator.statistics.crashed) == (96, 0)
-    assert not [process for process in orphans if psutil.pid_exists(process)]
+    gone(orphans)
     warnings = [r.getMessage() for r in caplog.records if r.name == "infra.fan_out" and r.levelno == logging.WARNING]
     assert re.fullmatch(r"Dask worker \S+ was lost: what it was asked is asked of another", "".join(warnings))
 
