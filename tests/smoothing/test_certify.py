@@ -285,7 +285,7 @@ def test_the_noise_is_standard_normal_times_sigma_and_the_global_state_is_untouc
         ({"x": torch.zeros(0, 2)}, r"x must have values, but has the shape \[0, 2\]"),
         ({"x": torch.tensor([[math.nan, 0.0]])}, "x holds values that are not finite"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_wrong_arguments_are_refused(wrong: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"classifier": halves, "x": at_distance(0.5), "sigma": 0.25, "n0": 10, "n": 10}
