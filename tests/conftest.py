@@ -35,6 +35,7 @@ settings.register_profile("deepzero", deadline=None, max_examples=50, print_blob
 settings.load_profile("deepzero")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `pytest -n 2 --dist loadgroup` a module stays together, and so do all that start stacks: for their ports."""
     for item in items:
