@@ -27,7 +27,7 @@ demo: $(INSTALLED) ## Train a network without a gradient, certify it and report
 	@$(BIN)/deepzero run pipeline --config demo
 
 test: lint ## Check style and types and run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

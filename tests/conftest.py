@@ -35,14 +35,6 @@ settings.register_profile("deepzero", deadline=None, max_examples=50, print_blob
 settings.load_profile("deepzero")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n 2 --dist loadgroup` a module stays together, and so do all that start stacks: for their ports."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "stack" else item.path.stem))
-
-
 def pytest_unconfigure() -> None:
     shutil.rmtree(_SESSION, ignore_errors=True)
 

@@ -5,15 +5,19 @@ import pwd
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 # What the test session sets for tests that have no servers.
 _OF_THE_SESSION = ("PREFECT_", "MLFLOW_", "DEEPZERO_")
+UP = FileLock(Path(tempfile.gettempdir()) / "deepzero-tests-up.lock")
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,16 @@ class Command:
         return {**kept, "DEEPZERO_HOME": str(self.home), "COLUMNS": "200", **self.settings}
 
     def __call__(self, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "flows.cli", *arguments],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        # Of two stacks that start at once each could find the same ports free.
+        with UP if arguments[:1] == ("up",) else nullcontext():
+            return subprocess.run(
+                [sys.executable, "-m", "flows.cli", *arguments],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
 
     def processes(self) -> list[psutil.Process]:
         """Every living process that names the home, on its command line or in its environment: without our code."""
