@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 
+import configs
 from configs.loading import SCHEMAS
 from flows.catalogue import ENTRYPOINTS
 from infra.deployments import FILE, POOL, apply
@@ -282,12 +283,23 @@ def test_cancelled_in_mid_run_it_goes_on_to_the_same_bits(
     for key in ("test_accuracy", "test_loss", "queries", "steps", "confusion"):
         assert result["methods"][0][key] == same["methods"][0][key], key
 
+    before = len(server.runs())
     artifacts = {each["key"]: each for each in server.post("/artifacts/latest/filter").json()}
     assert {"mlflow-run", "report", "result", "progress-train-cge"} <= set(artifacts)
     assert artifacts["progress-train-cge"]["data"] == 100
     assert artifacts["report"]["data"].startswith("# cancelled")
     assert json.loads(artifacts["result"]["data"])[0]["method"] == "CGE"
     assert all(re.fullmatch(r"[a-z0-9-]+", key) for key in artifacts)
+
+    # Prefect's own command, with the whole configuration as it is documented: all is there already.
+    whole = json.dumps(configs.load(str(file), flow="classify").model_dump(mode="json"))
+    plain = server.start(
+        *("deployment", "run", "classify/classify", "--param", f"experiment={whole}", "--watch"),
+        PREFECT_API_URL=server.api,
+    )
+    assert plain.wait(240) == 0, server.log()
+    assert server.runs()[0]["state_type"] == "COMPLETED" and len(server.runs()) == before + 1
+    assert [line["step"] for line in home.history() if line["kind"] == "step"] == list(range(1, STEPS + 1))
 
 
 def test_prefect_itself_deploys_the_same_file(server: Server) -> None:

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 # What the test session sets for tests that have no servers.
 _OF_THE_SESSION = ("PREFECT_", "MLFLOW_", "DEEPZERO_")
-UP = FileLock(Path(tempfile.gettempdir()) / "deepzero-tests-up.lock")
+UP = FileLock(Path(tempfile.gettempdir()) / f"deepzero-tests-{os.getuid()}.lock")
 
 
 @dataclass(frozen=True)
