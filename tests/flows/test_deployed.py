@@ -51,10 +51,19 @@ class Server:
     started: list["subprocess.Popen[bytes]"]
 
     def get(self, path: str) -> Any:
-        return httpx.get(f"{self.api}{path}", timeout=30).raise_for_status().json()
+        return self.ask("GET", path).raise_for_status().json()
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.api}{path}", json=body, timeout=30)
+        return self.ask("POST", path, body)
+
+    def ask(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        """The answer; a server whose database is busy says 503 and is asked again."""
+        for _ in range(20):
+            answer = httpx.request(method, f"{self.api}{path}", json=body, timeout=30)
+            if answer.status_code != 503:
+                break
+            time.sleep(0.5)
+        return answer
 
     def deployment(self, name: str) -> Any:
         return self.get(f"/deployments/name/{name}/{name}")
@@ -135,13 +144,13 @@ def test_every_flow_has_a_deployment(server: Server) -> None:
 def test_applied_again_it_leaves_what_the_user_has_switched_on(server: Server) -> None:
     before = server.deployment("study")
     (schedule,) = before["schedules"]
-    path = f"{server.api}/deployments/{before['id']}/schedules/{schedule['id']}"
-    httpx.patch(path, json={"active": True}, timeout=30).raise_for_status()
-    httpx.patch(f"{server.api}/work_pools/{POOL}", json={"concurrency_limit": 7}, timeout=30).raise_for_status()
+    path = f"/deployments/{before['id']}/schedules/{schedule['id']}"
+    server.ask("PATCH", path, {"active": True}).raise_for_status()
+    server.ask("PATCH", f"/work_pools/{POOL}", {"concurrency_limit": 7}).raise_for_status()
     try:
         own = {"schedule": {"cron": "30 6 * * 1-5", "timezone": "Europe/Berlin"}, "active": True}
         classify = server.deployment("classify")
-        created = httpx.post(f"{server.api}/deployments/{classify['id']}/schedules", json=[own], timeout=30)
+        created = server.ask("POST", f"/deployments/{classify['id']}/schedules", [own])
         created.raise_for_status()
         assert apply(server.api) == server.names
         there = {each["schedule"]["cron"]: each["active"] for each in server.deployment("classify")["schedules"]}
@@ -154,8 +163,8 @@ def test_applied_again_it_leaves_what_the_user_has_switched_on(server: Server) -
         for name in ("study", "classify"):
             deployment = server.deployment(name)
             for each in deployment["schedules"]:
-                url = f"{server.api}/deployments/{deployment['id']}/schedules/{each['id']}"
-                httpx.patch(url, json={"active": False}, timeout=30).raise_for_status()
+                path = f"/deployments/{deployment['id']}/schedules/{each['id']}"
+                server.ask("PATCH", path, {"active": False}).raise_for_status()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 from filelock import FileLock
 
@@ -102,3 +104,13 @@ def accepts(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(2)
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def asked(method: str, url: str, body: Any = None) -> Any:
+    """What a server of a stack answers; one whose database is busy says 503 and is asked again."""
+    for _ in range(20):
+        answer = httpx.request(method, url, json=body, timeout=30)
+        if answer.status_code != 503:
+            break
+        time.sleep(0.5)
+    return answer.raise_for_status().json()

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
-from stacks import Command, eventually
+from stacks import Command, asked, eventually
 
 pytestmark = pytest.mark.timeout(900)
 
-STEPS = 300
+STEPS = 250
 CONFIG = f"""
 name: end-to-end
 data: {{name: digits, batch_size: 64, train_limit: 256, test_limit: 64, crop_padding: 1}}
@@ -87,18 +86,18 @@ def test_triggered_killed_retried_done(module_home: Path, watched: Any) -> None:
             assert step(module_home) < STEPS
 
         def state() -> str:
-            found = httpx.post(f"{api}/flow_runs/filter", json={}, timeout=30).json()
+            found = asked("POST", f"{api}/flow_runs/filter", {})
             return str(found[0]["state_type"]) if found else ""
 
         def retry() -> None:
             """What the button Retry on the page of the run does."""
-            (run,) = httpx.post(f"{api}/flow_runs/filter", json={}, timeout=30).json()
+            (run,) = asked("POST", f"{api}/flow_runs/filter", {})
             body = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": False}
 
             def runs() -> bool:
                 # A worker reports a crash once more when its hooks are done: whoever was quicker asks again.
                 if state() in ("FAILED", "CRASHED"):
-                    httpx.post(f"{api}/flow_runs/{run['id']}/set_state", json=body, timeout=30).raise_for_status()
+                    asked("POST", f"{api}/flow_runs/{run['id']}/set_state", body)
                 return state() == "RUNNING"
 
             eventually(runs, 120, "it runs again")
@@ -106,7 +105,7 @@ def test_triggered_killed_retried_done(module_home: Path, watched: Any) -> None:
         def statuses() -> dict[str, str]:
             """Of the MLflow runs by name, of several the last."""
             body = {"experiment_ids": ["1"], "max_results": 100}
-            runs = httpx.post(f"{mlflow}/runs/search", json=body, timeout=30).json()["runs"]
+            runs = asked("POST", f"{mlflow}/runs/search", body)["runs"]
             return {each["info"]["run_name"]: each["info"]["status"] for each in reversed(runs)}
 
         process, said = watched(deepzero, "trigger", "classify", "--config", str(config), "--watch")
