@@ -1,8 +1,8 @@
 """Forward evaluation on Dask workers: what a worker holds, what a task does, and the coordinator's side of a step.
 
     step        one small task holds θ for the step; every worker fetches it once, as a dependency of its ranges
-    base        another: the unperturbed loss, outputs and buffers, of a worker that needs them for its ranges anyway
-    range       a fixed list of chunks; its result is loss differences, nothing else
+    range       a fixed list of chunks; its result is loss differences, and of the first range also the unperturbed
+                loss, outputs and buffers, which its worker has made for it anyway
     worker      keeps module, data and traced engine, built by a plugin that runs again on every replacement
 
 Chunks follow from the coordinates and the memory budget, never from the number of workers, and every worker computes
@@ -73,6 +73,18 @@ class Unperturbed:
     outputs: np.ndarray
     buffers: dict[str, np.ndarray]
 
+    @classmethod
+    def of(cls, base: BasePass) -> "Unperturbed":
+        return cls(base.loss.cpu().numpy(), base.outputs.cpu().numpy(), _arrays(base.buffers))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """ĝ at the coordinates of every chunk of a range; of the first range, what the base pass gives."""
+
+    slopes: list[np.ndarray]
+    unperturbed: Unperturbed | None = None
+
 
 class ForwardWorker(WorkerPlugin):
     """A worker's module, data and engine, built by its first task; set up again when Dask replaces the worker."""
@@ -101,28 +113,22 @@ class ForwardWorker(WorkerPlugin):
         elif finish in ("executing", "resumed"):
             self._given_up.discard(key)
 
-    def differences(self, state: StepState, work: Range, key: Any) -> list[np.ndarray]:
-        """ĝ at the coordinates of every chunk of the range. Reschedule: the task `key` has been given up."""
+    def answer(self, state: StepState, part: Range, first: bool, key: Any) -> Answer:
+        """What a range is asked for. Reschedule: the task `key` has been given up."""
         with self._turn:
             base = self._base_of(state)
             found = []
-            for name, indices in work.chunks:
+            for name, indices in part.chunks:
                 if key in self._given_up:
                     raise Reschedule  # Dask forgets it, or begins again if it has changed its mind
                 found.append(self._slope(base, name, indices))
-            return found
+            return Answer(found, Unperturbed.of(base) if first else None)
 
     def _slope(self, base: BasePass, name: str, indices: np.ndarray) -> np.ndarray:
         problem, chunk = self._problem, Chunk(name, torch.from_numpy(indices.copy()).to(self._device))
         assert self._evaluator is not None
         found = slope(self._evaluator, base, chunk, problem.mu, problem.difference, problem.precision)
         return found.cpu().numpy()
-
-    def unperturbed(self, state: StepState) -> Unperturbed:
-        """What the base pass of a step gives."""
-        with self._turn:
-            base = self._base_of(state)
-            return Unperturbed(base.loss.cpu().numpy(), base.outputs.cpu().numpy(), _arrays(base.buffers))
 
     def _base_of(self, state: StepState) -> BasePass:
         """The base pass of a step, kept until the next: every range of the step reads it."""
@@ -158,21 +164,17 @@ def _seen(value: Any) -> None:
     """A task whose only purpose is that its worker has its argument."""
 
 
-def _evaluate_base(plugin: str, state: StepState) -> Unperturbed | None:
-    forward: ForwardWorker | None = get_worker().plugins.get(plugin)
-    return None if forward is None else forward.unperturbed(state)
+def _evaluate(number: int, plugin: str, state: StepState, ranges: Sequence[Range]) -> Answer:
+    return _evaluate_range((ranges[number], number == 0), plugin, state)
 
 
-def _evaluate(number: int, plugin: str, state: StepState, ranges: Sequence[Range]) -> list[np.ndarray]:
-    return _evaluate_range(ranges[number], plugin, state)
-
-
-def _evaluate_range(part: Range, plugin: str, state: StepState) -> list[np.ndarray]:
+def _evaluate_range(part: tuple[Range, bool], plugin: str, state: StepState) -> Answer:
+    """part: a range, and whether it is the first of the step."""
     worker = get_worker()
     forward: ForwardWorker | None = worker.plugins.get(plugin)
     if forward is None:
-        return []  # the run was stopped and took its plugin away: nobody reads this
-    return forward.differences(state, part, worker.get_current_task())
+        return Answer([])  # the run was stopped and took its plugin away: nobody reads this
+    return forward.answer(state, *part, worker.get_current_task())
 
 
 @dataclass(frozen=True)
@@ -240,9 +242,11 @@ class DistributedCGE:
         self.prepared(module, batch.inputs, batch.targets)
         chosen = resolve(module, coordinates)
         cut = self._cut_for(coordinates, chosen, lambda e: e.base(parameters, buffers, batch.inputs, batch.targets))
-        parts, (unperturbed, *results) = self._answers(self._tasks(state, cut), cut)
-        gradients = scatter(parameters, chosen, joined(parts, results))
+        parts, answers = self._answers(self._tasks(state, cut), cut)
+        gradients = scatter(parameters, chosen, joined(parts, [answer.slopes for answer in answers]))
         spent = queries(count(chosen), self.problem.difference)
+        unperturbed = answers[0].unperturbed
+        assert unperturbed is not None
         outputs, left = torch.from_numpy(unperturbed.outputs), _tensors(unperturbed.buffers)
         return GradientEstimate(gradients, spent, unperturbed.loss.item(), outputs, left, cut.work)
 
@@ -267,13 +271,14 @@ class DistributedCGE:
         return self._cut
 
     def _tasks(self, state: StepState, cut: _Cut) -> list[Task]:
-        """The base pass and the ranges, in the order in which they are to begin, large ones first."""
-        held = self.client.submit(_hold, state, key=self._key("theta", state.name), pure=False)
-        copies = copies_for(min(len(self._workers), len(cut.ranges)), state.bytes)
-        if copies > 1:
-            self._spread(held, copies)
-        base_key, numbers = self._key("base", state.name), range(len(cut.ranges))
-        base = self.client.submit(_evaluate_base, self._name, held, key=base_key, pure=False)
+        """The ranges, in the order in which they are to begin, large ones first."""
+        numbers = range(len(cut.ranges))
+        held: Future | StepState = state  # a single range takes θ along
+        if len(numbers) > 1:
+            held = self.client.submit(_hold, state, key=self._key("theta", state.name), pure=False)
+            copies = copies_for(min(len(self._workers), len(cut.ranges)), state.bytes)
+            if copies > 1:
+                self._spread(held, copies)
         futures = self.client.map(
             _evaluate,
             numbers,
@@ -284,18 +289,13 @@ class DistributedCGE:
             pure=False,
         )
 
-        def base_again(_: int, workers: Sequence[str]) -> list[Future]:
-            options = {"key": f"{base_key}-{uuid4().hex}", "pure": False, "workers": list(workers)}
-            return [self.client.submit(_evaluate_base, self._name, held, **options)]
-
-        def range_again(number: int, pieces: int, workers: Sequence[str]) -> list[Future]:
-            parts = divided(cut.ranges[number], pieces)
+        def again(number: int, pieces: int, workers: Sequence[str]) -> list[Future]:
+            parts = [(part, number + place == 0) for place, part in enumerate(divided(cut.ranges[number], pieces))]
             keys = [self._key("again", state.name, number, uuid4().hex) for _ in parts]
             options = {"key": keys, "pure": False, "workers": list(workers)}
             return self.client.map(_evaluate_range, parts, plugin=self._name, state=held, **options)
 
-        ranges = zip(numbers, cut.costs, futures, strict=True)
-        return [Task(0.0, base, base_again), *(Task(cost, f, partial(range_again, n)) for n, cost, f in ranges)]
+        return [Task(cost, f, partial(again, n)) for n, cost, f in zip(numbers, cut.costs, futures, strict=True)]
 
     def _spread(self, held: Future, copies: int) -> None:
         """Have some workers fetch θ first, so that the others need not all fetch it from one.
@@ -311,16 +311,16 @@ class DistributedCGE:
         with suppress(TimeoutError):  # the step itself will tell who does not answer
             wait_for(seen, timeout=self.timeout_s)
 
-    def _answers(self, tasks: Sequence[Task], cut: _Cut) -> tuple[list[Range], list[Any]]:
-        """What was evaluated, ranges or pieces of them; and the results, that of the base pass first."""
+    def _answers(self, tasks: Sequence[Task], cut: _Cut) -> tuple[list[Range], list[Answer]]:
+        """What was evaluated, ranges or pieces of them, in order; and the answers."""
         answers = Answers(self.client, tasks, lambda: len(self._workers), lambda: self.timeout_s)
         try:
             answers.wait()
             self.asked_again += answers.asked_again
             chosen = [answers.chosen[number] for number in range(len(tasks))]
-            pieces = zip(cut.ranges, chosen[1:], strict=True)
+            pieces = zip(cut.ranges, chosen, strict=True)
             parts = [part for whole, futures in pieces for part in divided(whole, len(futures))]
-            results: list[Any] = self.client.gather([future for futures in chosen for future in futures])
+            results: list[Answer] = self.client.gather([future for futures in chosen for future in futures])
             return parts, results
         except KilledWorker as error:
             raise LostError(

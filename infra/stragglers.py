@@ -4,7 +4,7 @@ Tasks wait in one queue, in the order in which they were submitted. Once fewer a
 worker has nothing to do. A task that has then taken twice as long as its cost lets expect is asked again of workers
 that are free, in pieces; whichever answer comes first is taken. Answers are functions of the step: they are equal.
 
-    expected seconds of a task   its cost · (seconds so far · workers / cost of what is done)
+    expected seconds of a task   its cost · (seconds so far, preparation included, · workers / cost of what is done)
     begun at the latest          when so many were done that, first in first out, a worker was free for it
 """
 
@@ -124,9 +124,8 @@ class Answers:
         if not self._ends or len(task.attempts) == _MOST_ATTEMPTS:
             return False
         if len(task.attempts) == 1:
-            # With its first task of a step a worker prepares the step, as whoever answered first has done, too.
-            place, prepared = number - self._workers(), self._ends[0] - self._began
-            begun = self._began + prepared if place < 0 else self._ends[min(place, len(self._ends) - 1)]
+            place = number - self._workers()
+            begun = self._began if place < 0 else self._ends[min(place, len(self._ends) - 1)]
             task.expected_by = begun + _LATE * self._seconds(task) + _GRACE_S
         return time.monotonic() > task.expected_by
 

@@ -50,8 +50,8 @@ def measure(names: Sequence[str], repeats: int, report: Callable[[str], None]) -
                 except Skipped as reason:
                     report(f"  skipped: {reason}")
                     continue
-                except AssertionError as error:
-                    lost = [f"not as expected: {str(error)[:2000]}"]
+                except Exception as error:
+                    lost = [f"not as expected: {type(error).__name__}: {str(error)[:2000]}"]
                 row.times += 1
                 row.seconds.append(time.monotonic() - started)
                 row.lost += ["; ".join(lost)] if lost else []

@@ -9,7 +9,7 @@ STEPS = 40
 CONFIG = f"""
 name: interrupted
 data: {{name: digits, batch_size: 64, train_limit: 256, test_limit: 64, crop_padding: 1}}
-model: {{name: cnn, depth: 2, width: 6}}
+model: {{name: cnn, depth: 2, width: 60}}
 pruning: {{method: random, sparsity: 0.3}}
 training:
   epochs: 10
@@ -17,7 +17,7 @@ training:
   schedule: {{warmup_epochs: 1}}
   checkpoint_every: 2
 """
-"""Forty steps of a tenth of a second and less, a checkpoint every second one."""
+"""Forty steps of a tenth of a second and more, a checkpoint every second one."""
 
 
 @dataclass(frozen=True)
