@@ -27,7 +27,7 @@ training:
   steps: {STEPS}
   schedule: {{warmup_epochs: 1}}
   checkpoint_every: 5
-cluster: {timeout_s: 200}
+cluster: {{timeout_s: 200}}
 """
 
 
