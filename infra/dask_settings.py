@@ -11,7 +11,12 @@ SETTINGS: dict[str, Any] = {
     "distributed.scheduler.work-stealing": True,
     # What stops this process is not for its workers.
     "distributed.worker.preload": ["infra.dask_preload"],
+    "distributed.scheduler.preload": ["infra.dask_memory"],
     # Every core computes: no sampling of stacks every 10 ms, no look at the event loop every 20 ms.
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
+    # Dask keeps its last messages, and with each of them θ: of a large network a thousand would fill the memory.
+    "distributed.admin.low-level-log-length": 10,
+    "distributed.admin.log-length": 1000,
+    "distributed.admin.system-monitor.log-length": 600,
 }
