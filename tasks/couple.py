@@ -24,7 +24,7 @@ from tasks.loop_validation import validating
 from tasks.records import PRETRAINED, Cases, Corrected, Shares
 from tasks.shares import shares_of
 from tasks.solver import open_solver
-from tasks.stage import Stage, Tracking, perform, stage_task
+from tasks.stage import Stage, Tracking, perform, save_tensors, stage_task
 from tasks.train import digest
 
 _SCORES = 4
@@ -214,7 +214,7 @@ def _train(
             kept, error = (trainer.step, None) if validation is None else validation.keep_best(trainer.step)
         last_error = simulator.statistics.last_error
     weights = stage.folder / "weights.pt"
-    torch.save(module.state_dict(), weights)
+    save_tensors(weights, module.state_dict())
     stage.run.artifact(weights, "model")
     counts = dict.fromkeys(_COUNTED, 0)
     for line in (line for line in read(stage.folder / "history.jsonl") if line["kind"] == "step"):

@@ -32,7 +32,7 @@ from tasks.pretrain import image_batches
 from tasks.problem import limited, network_of
 from tasks.records import Defended, Prepared, Pretrained, Shares, Victim
 from tasks.shares import shares_of
-from tasks.stage import Stage, Tracking, perform, stage_task
+from tasks.stage import Stage, Tracking, perform, save_tensors, stage_task
 from tasks.train import digest
 from tasks.victim import victim_of
 
@@ -176,7 +176,7 @@ def _defend(
         loop.run()
         spent = box.statistics
     weights = stage.folder / "weights.pt"
-    torch.save(network.state_dict(), weights)
+    save_tensors(weights, network.state_dict())
     stage.run.artifact(weights, "model")
     # By its queries, and not by the account, which a killed run has charged for steps that were done again.
     asked = 0 if method == "fo-ds" else trainer.queries * defence.data.batch_size

@@ -12,7 +12,7 @@ from tasks.history import read
 from tasks.loop import Loop
 from tasks.problem import Network, limited, network_of
 from tasks.records import Prepared, Pretrained
-from tasks.stage import Stage, Tracking, perform, stage_task
+from tasks.stage import Stage, Tracking, perform, save_tensors, stage_task
 from tasks.train import digest
 
 _LAST_STEPS = 20
@@ -59,7 +59,7 @@ def _pretrain(stage: Stage, defence: Defence, prepared: Prepared, network: Netwo
     loop = Loop(stage, Trainer(module, image_batches(split, defence, seed), source, plan), checkpoint_every=500)
     loop.run()
     weights = stage.folder / "weights.pt"
-    torch.save(module.state_dict(), weights)
+    save_tensors(weights, module.state_dict())
     stage.run.artifact(weights, "model")
     losses = [line["loss"] for line in read(stage.folder / "history.jsonl")][-_LAST_STEPS:]
     loss = sum(losses) / len(losses)

@@ -20,7 +20,7 @@ from deepzero_core.sparsity import (
 from deepzero_core.training.sources import step_generator
 from tasks.problem import problem_of
 from tasks.records import Prepared, Pruned
-from tasks.stage import Stage, Tracking, perform, stage_task
+from tasks.stage import Stage, Tracking, perform, save_tensors, stage_task
 
 _SCORES = 2
 
@@ -49,7 +49,7 @@ def _prune(stage: Stage, experiment: Experiment, prepared: Prepared) -> Pruned:
     queries = 0
     if pruning.method != "none":
         scores, queries = _scores(experiment, module, problem.build_batches())
-        torch.save(scores, stage.folder / "scores.pt")
+        save_tensors(stage.folder / "scores.pt", scores)
         ratios = layer_ratios(scores, pruning.sparsity)
     masks = draw_masks(ratios, module, step_generator(experiment.seed))
     pruned = Pruned(

@@ -8,12 +8,13 @@ finds its folder again and goes on from what is there.
 
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ import deepzero_core
 import infra
 import simulators
 import tasks
+from deepzero_core.errors import WorkError
 from infra.home import home
 from tasks.progress import concluded, skipped
 from tasks.records import Record
@@ -156,19 +158,33 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def save_tensors(path: Path, values: Mapping[str, Any]) -> None:
+    """As `write_atomically`, in torch's format; WorkError when the disk does not take it."""
+    import torch  # is needed here only
+
+    buffer = io.BytesIO()  # of a full disk torch itself would say something else
+    torch.save(dict(values), buffer)
+    with _beside(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder that takes the place of `path` when the block succeeds."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise WorkError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def _completed(folder: Path, kind: type[R]) -> tuple[Completion, R] | None:

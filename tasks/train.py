@@ -37,7 +37,7 @@ from tasks.loop import Loop
 from tasks.prediction import Prepare, Yardstick, work_of_a_step
 from tasks.problem import problem_of, test_batches, training_steps
 from tasks.records import Prepared, Pruned, Trained
-from tasks.stage import Stage, Tracking, perform, stage_task
+from tasks.stage import Stage, Tracking, perform, save_tensors, stage_task
 
 _SPARSE = ("cge", "first-order-sparse-gradients")
 
@@ -84,7 +84,7 @@ def _train(stage: Stage, experiment: Experiment, prepared: Prepared, pruned: Pru
         loop.evaluation = _evaluation(stage, experiment, trainer, test_batches(experiment, prepared))
         loop.run()
     weights = stage.folder / "weights.pt"
-    torch.save(module.state_dict(), weights)
+    save_tensors(weights, module.state_dict())
     stage.run.artifact(weights, "model")
     seconds = loop.clock.seconds
     stage.summarise(**{"cost/steps": trainer.step, "cost/queries": trainer.queries, "cost/seconds": seconds})
@@ -158,7 +158,7 @@ def _log_masks(stage: Stage, trainer: Trainer) -> None:
     coordinates = trainer.coordinates()
     if coordinates is not None:
         path = stage.folder / f"masks-epoch-{trainer.epoch:04d}.pt"
-        torch.save(dict(coordinates), path)
+        save_tensors(path, coordinates)
         stage.run.artifact(path, "masks")
 
 

@@ -21,7 +21,7 @@ from infra.victims import open_victim
 from tasks.loop import Loop
 from tasks.problem import limited, model_of
 from tasks.records import Prepared, Victim
-from tasks.stage import Stage, Tracking, perform, stage_task
+from tasks.stage import Stage, Tracking, perform, save_tensors, stage_task
 
 _MOMENTUM = {"momentum": 0.9, "weight_decay": 5e-4}
 _AT_ONCE = 1024
@@ -121,7 +121,7 @@ def _trained(stage: Stage, defence: Defence, prepared: Prepared) -> dict[str, An
     )
     Loop(stage, Trainer(module, batches, FirstOrderSource(F.cross_entropy), settings), checkpoint_every=1000).run()
     weights = stage.folder / "weights.pt"
-    torch.save(module.state_dict(), weights)
+    save_tensors(weights, module.state_dict())
     stage.run.artifact(weights, "victim")
     return {"model": model, "weights": str(weights), "mean": list(manifest.mean), "std": list(manifest.std)}
 

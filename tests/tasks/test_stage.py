@@ -1,22 +1,24 @@
 """Stages: done once, skipped while nothing changed, gone on with after a kill, shared by runs that start at once."""
 
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 from mlflow import MlflowClient
 
 import tasks
 from configs.schema import Experiment
+from deepzero_core.errors import WorkError
 from tasks import stage as stages
 from tasks.records import Record
-from tasks.stage import Stage, Tracking, code_digest, key, perform, write_atomically
+from tasks.stage import Stage, Tracking, code_digest, key, perform, save_tensors, write_atomically
 from tasks.tracking import Run, initialise, tracking_uri
 
 ROOT = Path(tasks.__file__).resolve().parent.parent
@@ -204,7 +206,14 @@ def test_the_code_digest_is_the_same_in_every_process_and_changes_with_the_code(
     assert done.stdout.strip() == code_digest()
 
 
-def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "write",
+    [lambda path: write_atomically(path, "new"), lambda path: save_tensors(path, {"weight": torch.ones(3)})],
+    ids=["text", "tensors"],
+)
+def test_files_appear_whole_or_not_at_all(
+    write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "record.json"
     write_atomically(target, "old")
 
@@ -212,8 +221,8 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(target, json.dumps({"new": 1}))
+    with pytest.raises(WorkError, match=r"record\.json cannot be written: No space left on device"):
+        write(target)
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
     assert mlflow.active_run() is None
