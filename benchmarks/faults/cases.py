@@ -265,7 +265,7 @@ def disk(bench: Bench, draw: random.Random) -> Outcome:
     if not can_mount():
         raise Skipped("a file system in memory needs the right to mount one (user namespaces)")
     home = bench.home()
-    room = draw.randint(90, 130)
+    room = draw.randint(560, 760)
     stages, kept = home.path / "stages", home.path / "kept"
     stages.mkdir()
     command = shlex.join([sys.executable, "-m", "flows.cli", *bench.run, *ALONE])
