@@ -262,7 +262,7 @@ class DistributedCGE:
         parts = [(chunk.name, chunk.indices.numpy()) for chunk in chunks(evaluator, base, chosen, self.problem.memory)]
         each = {name: total(evaluator.cost(base, name)).seconds(NOMINAL) for name in chosen}
         costs = [len(indices) * each[name] for name, indices in parts]
-        groups = grouped(costs, workers)
+        groups = grouped(costs, workers) or [[]]  # without a coordinate there is still the base pass
         ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
         held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
         shares = [sum(costs[i] for i in group) for group in groups]

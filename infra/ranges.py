@@ -78,7 +78,7 @@ def copies_for(workers: int, theta: int) -> int:
 
 def divided(part: Range, pieces: int) -> list[Range]:
     """A range as at most so many of about as many chunks each."""
-    pieces = min(pieces, len(part.chunks))
+    pieces = max(1, min(pieces, len(part.chunks)))
     bounds = [len(part.chunks) * piece // pieces for piece in range(pieces + 1)]
     return [Range(part.chunks[start:end]) for start, end in pairwise(bounds)]
 

@@ -220,10 +220,10 @@ def mlflow_and_flow(bench: Bench, draw: random.Random) -> Outcome:
     server.start()
     second = home.start(*bench.run, *ALONE)
     assert second.wait() == 0, second.errors
-    statuses = [(run.info.run_name, run.info.status) for run in home.runs()]
-    assert statuses.count(("train cge", "KILLED")) == 1, statuses
-    killed = home.runs()[statuses.index(("train cge", "KILLED"))]
-    told = [point.step for point in home.client().get_metric_history(killed.info.run_id, "train/loss")]
+    runs = [(run.info.run_name, run.info.status, run.info.run_id) for run in home.runs()]
+    killed = [run_id for *which, run_id in runs if which == ["train cge", "KILLED"]]
+    assert len(killed) == 1, runs
+    told = [point.step for point in home.client().get_metric_history(killed[0], "train/loss")]
     assert told == list(range(1, len(told) + 1)) and len(told) >= seen, (told, seen)
     return home, [first, second]
 

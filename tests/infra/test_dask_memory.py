@@ -3,8 +3,6 @@
 import gc
 from typing import Any
 
-from distributed import Client
-
 from infra.cluster import connect
 from infra.dask_memory import NoSpans
 
@@ -15,18 +13,15 @@ class Large:
 
 def test_steps_that_are_over_are_forgotten() -> None:
     with connect(1, None, 60) as client:
-        assert isinstance(client.cluster.scheduler.extensions["spans"], NoSpans)
+        spans = client.cluster.scheduler.extensions["spans"]
+        assert isinstance(spans, NoSpans)
         for number in range(60):
             assert client.submit(_size, Large(), number, pure=False).result() == number
         gc.collect()
         alive = [each for each in gc.get_objects() if type(each) is Large]
         assert len(alive) <= 30, "the last messages are kept, and no more"
-        assert not _spans(client)
+        assert not spans.spans
 
 
 def _size(_: Any, number: int) -> int:
     return number
-
-
-def _spans(client: Client) -> Any:
-    return client.cluster.scheduler.extensions["spans"].spans

@@ -146,6 +146,13 @@ def test_the_same_batch_at_other_parameters_is_not_answered_from_memory(small: P
     assert not torch.equal(first.gradients["linear.bias"], second.gradients["linear.bias"])
 
 
+def test_without_a_coordinate_there_is_still_the_base_pass(small: Problem, two: Client) -> None:
+    module, batch = small.build_module().train(), batch_of(small.build_batches(), 0)
+    none = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in module.named_parameters()}
+    with DistributedCGE(two, small) as source:
+        assert_same(source.estimate(module, batch, none), here(small, module, batch, none))
+
+
 def test_workers_keep_prefect_and_mlflow_out_and_compute_on_one_thread(small: Problem, two: Client) -> None:
     with DistributedCGE(two, small) as source:
         source.estimate(small.build_module().train(), batch_of(small.build_batches(), 0), None)
