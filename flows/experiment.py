@@ -12,6 +12,7 @@ from configs.schema import Section
 from deepzero_core.errors import DeepZeroError
 from flows.catalogue import PACKAGES
 from infra.heeded import heeded
+from infra.unread import outlive_readers
 from tasks.environment import environment
 from tasks.stage import Tracking
 from tasks.tracking import Run, initialise
@@ -28,6 +29,7 @@ def recorded(flow_name: str, experiment: Section) -> Iterator[Tracking]:
     for package in PACKAGES:
         # Prefect keeps their lines with the run; without a level of their own only warnings would get that far.
         logging.getLogger(package).setLevel(logging.INFO)
+    outlive_readers()
     patience, experiment_id = patience_s(), initialise(experiment.name)
     flow_run = get_run_context().flow_run
     tags = {"deepzero.flow": flow_name, "deepzero.flow_run": str(flow_run.id), **environment()}

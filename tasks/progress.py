@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from infra.unread import say
 from tasks.artifacts import Gauge
 
 _log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def skipped(stage: str) -> None:
 
 def _say(stage: str, text: str) -> None:
     line = f"{stage:<{_WIDTH}} {text}"
-    print(line, flush=True)
+    say(line)
     _log.info("%s", line)
 
 

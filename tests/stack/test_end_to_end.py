@@ -83,7 +83,7 @@ def test_triggered_killed_retried_done(module_home: Path, watched: Any) -> None:
         def goes_on() -> None:
             at = step(module_home)
             eventually(lambda: step(module_home) > at or state() != "RUNNING", 240, "the training goes on")
-            assert state() == "RUNNING", run()["state"]
+            assert state() == "RUNNING", f"{run()['state']['message']}\n{said()}"
             assert step(module_home) < STEPS
 
         def run() -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""A run whose output nobody reads any more."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import logging, sys, threading
+from prefect.logging.configuration import setup_logging
+from infra.unread import outlive_readers, say
+
+setup_logging()
+{patience}
+sys.stdin.readline()
+
+def spoken():
+    logging.getLogger("deepzero_core").warning("a line from another thread")
+    open(sys.argv[1], "w").write("still alive")
+
+thread = threading.Thread(target=spoken)
+thread.start()
+thread.join()
+{last}
+"""
+
+
+def ended(tmp_path: Path, patience: str, last: str) -> tuple[int, bool]:
+    """The exit status of a process whose reader is gone, and whether its thread lived on."""
+    mark = tmp_path / "mark"
+    program = PROGRAM.format(patience=patience, last=last)
+    command = [sys.executable, "-c", program, str(mark)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    return process.wait(60), mark.exists()
+
+
+def test_a_run_outlives_who_reads_it(tmp_path: Path) -> None:
+    assert ended(tmp_path, "outlive_readers()", "say('one'); say('two', sys.stderr)") == (0, True)
+
+
+def test_alone_rich_would_end_its_thread(tmp_path: Path) -> None:
+    _, alive = ended(tmp_path, "", "")
+    assert not alive
