@@ -66,7 +66,7 @@ def cluster_costs(network: float, report: Report) -> Costs:
 def _steps(client: Client, scheduler: psutil.Process, problem: Problem, ranges: int) -> tuple[float, float, float]:
     """Seconds of a step: processor time of the client and of the scheduler; by the clock, for the record."""
     module, batches = problem.build_module().train(), problem.build_batches()
-    step = Batch(0, 0, 0, *batches.batch(0, 0))
+    step = Batch.of(0, 0, 0, *batches.batch(0, 0))
     with ExitStack() as stack:
         stack.enter_context(patch("infra.forward.grouped", lambda costs, workers: tapered(costs, ranges)))
         source = stack.enter_context(DistributedCGE(client, problem, TIMEOUT_S))

@@ -186,7 +186,7 @@ def _real(scene: Scene, workers: int, repeats: int, report: Report, name: str) -
     """Median seconds of a step on so many processes of this machine."""
     problem = scene.problem
     module = problem.build_module().train()
-    step = Batch(0, 0, 0, *problem.build_batches().batch(0, 0))
+    step = Batch.of(0, 0, 0, *problem.build_batches().batch(0, 0))
     with connect(workers, None, _TIMEOUT_S) as client, DistributedCGE(client, problem, _TIMEOUT_S) as source:
         times = []
         for repeat in range(repeats + 2):

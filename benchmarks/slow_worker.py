@@ -39,7 +39,7 @@ def measure(repeats: int, report: Report, *, depth: int = 5, batch: int = 128, s
     with tempfile.TemporaryDirectory() as folder:
         problem = problem_of(Path(folder) / "store", depth, batch, size)
         module = problem.build_module().train()
-        step = Batch(0, 0, 0, *problem.build_batches().batch(0, 0))
+        step = Batch.of(0, 0, 0, *problem.build_batches().batch(0, 0))
         times: dict[int, float] = {}
         again = 0.0
         for workers in (2, 3):

@@ -29,7 +29,7 @@ def measure_workers(options: Options, report: Report, *, depth: int = 5, batch: 
     ):
         problem = problem_of(Path(folder) / "store", depth, batch, size)
         module = problem.build_module()
-        step = Batch(0, 0, 0, *problem.build_batches().batch(0, 0))
+        step = Batch.of(0, 0, 0, *problem.build_batches().batch(0, 0))
         with (
             DistributedCGE(single, problem, TIMEOUT_S) as one,
             DistributedCGE(double, problem, TIMEOUT_S) as two,

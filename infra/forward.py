@@ -4,6 +4,7 @@
     range       a fixed list of chunks; its result is loss differences, and of the first range also the unperturbed
                 loss, outputs and buffers, which its worker has made for it anyway
     worker      keeps module, data and traced engine, built by a plugin that runs again on every replacement
+    alone       the only worker, with only one range, is asked without the scheduler in between (`direct`)
 
 Chunks follow from the coordinates and the memory budget, never from the number of workers, and every worker computes
 on one thread: one worker, many workers, or a worker lost on the way give the same bits. What a lost worker held is
@@ -14,6 +15,7 @@ Workers that share no disk with this process are sent the training images (`ship
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait as wait_for_answers
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +25,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from distributed import CancelledError, Client, Future, KilledWorker, Reschedule, Worker, WorkerPlugin, get_worker
-from distributed import wait as wait_for
+from distributed import wait as wait_for_tasks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,12 +42,16 @@ from deepzero_core.perturb.objective import state_of
 from deepzero_core.training import Batch
 from deepzero_core.training.sources import Coordinates
 from infra.cluster import shares_disk
+from infra.direct import ask, teach, unteach
 from infra.problem import Images, Problem
 from infra.ranges import Range, copies_for, divided, grouped, joined
 from infra.shipping import Shipment
 from infra.stragglers import Answers, Task
 
 log = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+_SPREAD_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,12 @@ class ForwardWorker(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         torch.set_num_threads(1)
+        teach(worker, self.name, self.answer_at_once)
         # A worker that somebody else has started may have several threads; engine and random state are for one.
         self._turn = threading.Lock()
+
+    def teardown(self, worker: Worker) -> None:
+        unteach(worker, self.name)
 
     def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
         """Note which tasks of this worker nobody waits for any more: another worker was faster."""
@@ -112,6 +122,10 @@ class ForwardWorker(WorkerPlugin):
             self._given_up.add(key)
         elif finish in ("executing", "resumed"):
             self._given_up.discard(key)
+
+    def answer_at_once(self, state: StepState, part: Range) -> Answer | None:
+        """As `answer`, of the first range; None before a first task has built what this takes."""
+        return self.answer(state, part, True, None) if self._built else None
 
     def answer(self, state: StepState, part: Range, first: bool, key: Any) -> Answer:
         """What a range is asked for. Reschedule: the task `key` has been given up."""
@@ -202,6 +216,7 @@ class DistributedCGE:
     _evaluator: Evaluator | None = None
     _cut: _Cut | None = None
     _workers: set[str] = field(default_factory=set)
+    _unreachable: set[str] = field(default_factory=set)
     _shipment: Shipment | None = None
 
     def __enter__(self) -> "DistributedCGE":
@@ -239,10 +254,12 @@ class DistributedCGE:
         parameters, buffers = state_of(module)
         seed = torch.initial_seed()
         state = StepState(uuid4().hex, batch.epoch, batch.index, _arrays(parameters), _arrays(buffers), seed)
-        self.prepared(module, batch.inputs, batch.targets)
+        if self._evaluator is None:
+            self.prepared(module, batch.inputs, batch.targets)
         chosen = resolve(module, coordinates)
         cut = self._cut_for(coordinates, chosen, lambda e: e.base(parameters, buffers, batch.inputs, batch.targets))
-        parts, answers = self._answers(self._tasks(state, cut), cut)
+        alone = self._alone(state, cut, meanwhile=lambda: batch.targets)
+        parts, answers = (cut.ranges, [alone]) if alone else self._answers(self._tasks(state, cut), cut)
         gradients = scatter(parameters, chosen, joined(parts, [answer.slopes for answer in answers]))
         spent = queries(count(chosen), self.problem.difference)
         unperturbed = answers[0].unperturbed
@@ -269,6 +286,26 @@ class DistributedCGE:
         done = work(evaluator, base, chosen, self.problem.difference, self.problem.memory)
         self._cut = _Cut(coordinates, workers, ranges, shares, held, done)
         return self._cut
+
+    def _alone(self, state: StepState, cut: _Cut, meanwhile: Callable[[], object]) -> Answer | None:
+        """The answer of the only worker to the only range; None where there are more, or it was lost or is silent."""
+        address = next(iter(self._workers), "")
+        if len(self._workers) != 1 or len(cut.ranges) != 1 or address in self._unreachable:
+            return None
+        asked = ask(self.client, address, self._name, state, cut.ranges[0])
+        meanwhile()
+        left_s, look_s = self.timeout_s, min(_LOOK_S, self.timeout_s / 4)
+        while not asked.done() and address in self._workers and self.client.status == "running" and left_s > 0:
+            wait_for_answers([asked], timeout=look_s)
+            left_s -= look_s  # however long it took: a machine that was asleep has not waited
+        try:
+            if asked.cancel():
+                return None  # the others will say what is wrong, or there is a new worker
+            answer: Answer | None = asked.result()
+            return answer
+        except OSError:
+            self._unreachable.add(address)
+            return None
 
     def _tasks(self, state: StepState, cut: _Cut) -> list[Task]:
         """The ranges, in the order in which they are to begin, large ones first."""
@@ -302,14 +339,13 @@ class DistributedCGE:
 
         `Client.replicate` does so as well, but tells of it in an event that no subscriber can be sent.
         """
-        options = {"pure": False, "allow_other_workers": True}
         key = self._key("copy", uuid4().hex)
         seen = [
-            self.client.submit(_seen, held, workers=[worker], key=f"{key}-{number}", **options)
+            self.client.submit(_seen, held, workers=[worker], key=f"{key}-{number}", pure=False)
             for number, worker in enumerate(sorted(self._workers)[:copies])
         ]
         with suppress(TimeoutError):  # the step itself will tell who does not answer
-            wait_for(seen, timeout=self.timeout_s)
+            wait_for_tasks(seen, timeout=min(_SPREAD_S, self.timeout_s))
 
     def _answers(self, tasks: Sequence[Task], cut: _Cut) -> tuple[list[Range], list[Answer]]:
         """What was evaluated, ranges or pieces of them, in order; and the answers."""

@@ -116,7 +116,7 @@ def _timed(
 ) -> float:
     """Seconds of processor time of an estimate, once everything that is built for the first one is there."""
     # Not by the clock: what else the machine is doing would be taken for the cost of the method.
-    batch = Batch(0, 0, 0, inputs, targets)
+    batch = Batch.of(0, 0, 0, inputs, targets)
     source.estimate(module, batch, coordinates)
     started = time.process_time()
     source.estimate(module, batch, coordinates)

@@ -1,7 +1,8 @@
 """Where the gradient of a training step comes from: every method, zeroth or first order, on one interface."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,13 +20,32 @@ Coordinates = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """One training step's data and where it stands: step `number`, which is batch `index` of `epoch`, all from 0."""
+    """One training step's data and where it stands: step `number`, which is batch `index` of `epoch`, all from 0.
+
+    drawn: makes inputs and targets, when one of them is first asked for: other processes may be all that needs them.
+    """
 
     number: int
     epoch: int
     index: int
-    inputs: Tensor
-    targets: Tensor
+    drawn: Callable[[], tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, number: int, epoch: int, index: int, inputs: Tensor, targets: Tensor) -> "Batch":
+        """One whose tensors are there."""
+        return cls(number, epoch, index, lambda: (inputs, targets))
+
+    @property
+    def inputs(self) -> Tensor:
+        return self._tensors[0]
+
+    @property
+    def targets(self) -> Tensor:
+        return self._tensors[1]
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        return self.drawn()
 
 
 class GradientSource(Protocol):

@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -126,8 +127,7 @@ class Trainer:
     def _advance(self) -> StepRecord:
         per_epoch = self._batches.steps_per_epoch
         epoch, index = divmod(self.step, per_epoch)
-        inputs, targets = self._batches.batch(epoch, index)
-        batch = Batch(self.step, epoch, index, inputs, targets)
+        batch = Batch(self.step, epoch, index, partial(self._batches.batch, epoch, index))
         self.module.train()
         with torch.random.fork_rng():
             torch.manual_seed(step_generator(self.settings.seed, _DROPOUT, self.step).initial_seed())
@@ -142,7 +142,7 @@ class Trainer:
             step=self.step,
             epoch=epoch,
             loss=estimate.loss,
-            accuracy=_accuracy(estimate.outputs, targets),
+            accuracy=_accuracy(estimate.outputs, batch.targets),
             learning_rate=learning_rate,
             queries=self.queries,
             epoch_ends=index == per_epoch - 1,

@@ -166,7 +166,7 @@ def test_a_running_scheduler_is_used_and_left_running(
 ) -> None:
     address, scheduler = running
     module = problem.build_module().train()
-    batch = Batch(0, 0, 0, *problem.build_batches().batch(0, 0))
+    batch = Batch.of(0, 0, 0, *problem.build_batches().batch(0, 0))
     expected = CGESource(F.cross_entropy, problem.mu, "forward", problem.memory).estimate(module, batch, None)
     for _ in range(2):  # a second run finds it as the first did
         with connect(1, address, 60) as client, DistributedCGE(client, problem) as source:
@@ -217,12 +217,12 @@ def test_a_scheduler_that_dies_is_a_failure_of_the_work(problem: Problem, tmp_pa
     module, batches = problem.build_module().train(), problem.build_batches()
     try:
         with connect(1, f"tcp://{address}", 60) as client, DistributedCGE(client, problem, timeout_s=25) as source:
-            source.estimate(module, Batch(0, 0, 0, *batches.batch(0, 0)), None)
+            source.estimate(module, Batch.of(0, 0, 0, *batches.batch(0, 0)), None)
             scheduler.kill()
             scheduler.wait()
             started = time.monotonic()
             with pytest.raises(WorkError, match=rf"scheduler at tcp://{address} was lost in the middle of a step"):
-                source.estimate(module, Batch(1, 0, 1, *batches.batch(0, 1)), None)
+                source.estimate(module, Batch.of(1, 0, 1, *batches.batch(0, 1)), None)
             assert time.monotonic() - started < 60
     finally:
         for process in (worker, scheduler):

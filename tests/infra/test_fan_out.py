@@ -103,7 +103,7 @@ def trained(
     ).double()
     optimizer, losses = torch.optim.Adam(corrector.parameters(), lr=0.01), []
     for number in range(steps):
-        estimate = source.estimate(corrector, Batch(number, 0, number, *batch), None)
+        estimate = source.estimate(corrector, Batch.of(number, 0, number, *batch), None)
         for name, parameter in corrector.named_parameters():
             parameter.grad = estimate.gradients[name]
         optimizer.step()

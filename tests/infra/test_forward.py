@@ -77,7 +77,7 @@ def slow(store: Path) -> Problem:
 
 def batch_of(batches: BatchSource, number: int) -> Batch:
     epoch, index = divmod(number, batches.steps_per_epoch)
-    return Batch(number, epoch, index, *batches.batch(epoch, index))
+    return Batch.of(number, epoch, index, *batches.batch(epoch, index))
 
 
 def here(

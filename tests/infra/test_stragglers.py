@@ -55,7 +55,7 @@ class Steps:
 
     def on(self, source: DistributedCGE, number: int) -> GradientEstimate:
         """Of the workers; the same bits as here, which is checked."""
-        batch = Batch(number, 0, number, *self._batches.batch(0, number))
+        batch = Batch.of(number, 0, number, *self._batches.batch(0, number))
         if number not in self._expected:
             self._expected[number] = self._here.estimate(self._module, batch, None)
         found, expected = source.estimate(self._module, batch, None), self._expected[number]
@@ -69,7 +69,7 @@ def workers_of(client: Client) -> list[str]:
 
 
 def hold(gate: str) -> None:
-    """On a worker: count the chunks that it evaluates, none of which ends while the gate is there."""
+    """On a worker: count the chunks that it evaluates, none of which ends while the gate is there; `held` beside it."""
     import time
     from pathlib import Path
 
@@ -80,6 +80,7 @@ def hold(gate: str) -> None:
 
     def held(*arguments: object) -> object:
         while Path(gate).exists():
+            Path(gate).with_name("held").touch()
             time.sleep(0.01)
         forward.counted += 1
         return real(*arguments)
@@ -141,15 +142,14 @@ def test_a_worker_that_does_not_answer_is_not_waited_for(steps: Steps, three: Di
 
 def in_the_middle(source: DistributedCGE, gate: Path, action: Callable[[], None]) -> threading.Thread:
     """Do something in the next step, of which the present workers finish no range before the gate is open again."""
-    scheduler = source.client.cluster.scheduler
+    held = gate.with_name("held")
     source.client.run(hold, str(gate))
+    held.unlink(missing_ok=True)
     gate.touch()
 
     def act() -> None:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if any(task.state == "processing" for key, task in list(scheduler.tasks.items()) if "-range-" in str(key)):
-                break
+        while not held.exists() and time.monotonic() < deadline:
             time.sleep(0.005)
         action()
         gate.unlink(missing_ok=True)

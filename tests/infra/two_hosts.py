@@ -39,7 +39,7 @@ def main(address: str, store: str, scratch: str) -> None:
         same = []
         with DistributedCGE(client, problem) as workers:
             for number in range(2):
-                batch = Batch(number, 0, number, *source.batch(0, number))
+                batch = Batch.of(number, 0, number, *source.batch(0, number))
                 found, expected = workers.estimate(module, batch, None), here.estimate(module, batch, None)
                 same += [torch.equal(value, found.gradients[name]) for name, value in expected.gradients.items()]
         there, _ = certify_examples(task, Path(scratch) / "there", client=client)

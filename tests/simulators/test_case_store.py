@@ -80,12 +80,12 @@ def test_a_shorter_loop_sees_the_beginning_of_a_window() -> None:
     lengths = []
     for step in range(4):
         inputs, targets = batches.batch(step, 0)
-        found = curriculum.estimate(corrector, Batch(step, step, 0, inputs.double(), targets.double()), None)
+        found = curriculum.estimate(corrector, Batch.of(step, step, 0, inputs.double(), targets.double()), None)
         lengths.append(targets.shape[1])
         assert inputs.shape[1] == 4 + targets.shape[1]
         whole, wholly = Shuffled(windows, 2, 0).batch(step, 0)
         short = loop(lengths[-1])
-        beginning = Batch(0, 0, 0, whole[:, : 4 + short.steps].double(), wholly[:, : short.steps].double())
+        beginning = Batch.of(0, 0, 0, whole[:, : 4 + short.steps].double(), wholly[:, : short.steps].double())
         wanted = FirstOrderLoop(short).estimate(corrector, beginning, None)
         assert torch.equal(found.gradients["weight"], wanted.gradients["weight"])
     assert lengths == [1, 1, 3, 3]

@@ -201,7 +201,7 @@ def test_a_corrector_is_trained_through_a_program_that_crashes_once(
     source, batch = ZerothOrderLoop(loop, mu=1e-6), Windows(loop, [case]).batch([0, 2, 4, 6, 8])
     optimizer, losses = torch.optim.Adam(corrector.parameters(), lr=0.01), []
     for number in range(80):
-        estimate = source.estimate(corrector, Batch(number, 0, number, *batch), None)
+        estimate = source.estimate(corrector, Batch.of(number, 0, number, *batch), None)
         corrector.weight.grad = estimate.gradients["weight"]
         optimizer.step()
         losses.append(estimate.loss)

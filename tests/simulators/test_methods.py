@@ -75,7 +75,7 @@ def toy_loop(steps: int = 3, **settings) -> Loop:
 
 
 def batch_of(loop: Loop, cases: list[Case], indices: list[int]) -> Batch:
-    return Batch(0, 0, 0, *Windows(loop, cases).batch(indices))
+    return Batch.of(0, 0, 0, *Windows(loop, cases).batch(indices))
 
 
 def exact(loop: Loop, corrector: nn.Module, batch: Batch) -> GradientEstimate:
@@ -169,7 +169,7 @@ def test_non_is_one_step_without_the_solver() -> None:
     windows = Windows(loop, [toy_case()])
     inputs, targets = windows.pairs()
     before = loop.simulator.statistics.steps
-    found = NonInteractive(loop).estimate(corrector, Batch(0, 0, 0, inputs, targets), None)
+    found = NonInteractive(loop).estimate(corrector, Batch.of(0, 0, 0, inputs, targets), None)
     assert loop.simulator.statistics.steps == before
     wanted = exact(loop, corrector, batch_of(loop, [toy_case()], list(range(len(windows)))))
     assert found.loss == pytest.approx(wanted.loss, rel=1e-12)
@@ -193,8 +193,8 @@ def test_a_death_costs_the_penalty_from_then_on() -> None:
         lambda: SplitLoop(loop, 5, seed=0),
     ]
     for source in sources:
-        calm = source().estimate(corrector, Batch(0, 0, 0, inputs[:1], targets[:1]), None)
-        found = source().estimate(corrector, Batch(0, 0, 0, wild, targets), None)
+        calm = source().estimate(corrector, Batch.of(0, 0, 0, inputs[:1], targets[:1]), None)
+        found = source().estimate(corrector, Batch.of(0, 0, 0, wild, targets), None)
         assert found.loss == pytest.approx((calm.loss + 10 * CELLS / 2) / 2)
         # The dead do not move with the corrector: what is left is half of what the living says.
         torch.testing.assert_close(flat(found.gradients), flat(calm.gradients) / 2, rtol=1e-5, atol=1e-7)

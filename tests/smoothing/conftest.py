@@ -51,7 +51,7 @@ def smooth() -> nn.Module:
 def batch(smooth: nn.Module) -> Batch:
     """Eight images of 6×5 pixels with the smooth classifier's labels."""
     images = torch.rand(8, 1, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    return Batch(3, 0, 3, images, smooth(images).argmax(1))
+    return Batch.of(3, 0, 3, images, smooth(images).argmax(1))
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def wider() -> tuple[nn.Module, Batch]:
         torch.manual_seed(1)
         smooth = nn.Sequential(nn.Flatten(), nn.Linear(72, 9), nn.Tanh(), nn.Linear(9, 4)).double().eval()
     images = torch.rand(8, 1, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    return smooth, Batch(5, 1, 2, images, smooth(images).argmax(1))
+    return smooth, Batch.of(5, 1, 2, images, smooth(images).argmax(1))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3])
@@ -182,7 +182,7 @@ def test_the_split_errs_less_than_random_directions_with_the_same_queries(
     for queries in (9, 17, 33, 65, 129):
         errors: dict[str, list[float]] = {"split": [], "zo-ds": []}
         for step in range(4):
-            batch = Batch(step, 0, step, *clean.batch(0, step))
+            batch = Batch.of(step, 0, step, *clean.batch(0, step))
             true = white.estimate(module, batch, None).gradients
             split = DeepZeroSplit(box, (1, 8, 8), SIGMA, SEED, queries)
             random = ZerothOrderDS(box, (1, 8, 8), SIGMA, SEED, Estimator("rge", queries))
@@ -236,7 +236,7 @@ def test_estimates_are_a_function_of_seed_and_step_and_touch_nothing(name: str, 
     state = torch.get_rng_state()
     chosen = {"last.weight": torch.arange(9)} if name == "deepzero" else None
     first, again, seeded = (build(seed).estimate(module, batch, chosen) for seed in (1, 1, 2))
-    later = build(1).estimate(module, Batch(6, 1, 3, batch.inputs, batch.targets), chosen)
+    later = build(1).estimate(module, Batch.of(6, 1, 3, batch.inputs, batch.targets), chosen)
     assert all(torch.equal(first.gradients[key], again.gradients[key]) for key in first.gradients)
     assert first.loss == again.loss
     assert len({first.loss, seeded.loss, later.loss}) == 3
@@ -261,7 +261,7 @@ def test_float32_rounding_is_small_beside_the_answers_at_the_default_steps(
 ) -> None:
     """Every default μ in float32, against backpropagation through a rectifier network with all its kinks."""
     module, box = pretrained("dncnn"), hide(victim)
-    batch = Batch(0, 0, 0, *clean.batch(0, 0))
+    batch = Batch.of(0, 0, 0, *clean.batch(0, 0))
     true = FirstOrderDS(victim, SIGMA, SEED).estimate(module, batch, None).gradients
     split = DeepZeroSplit(box, (1, 8, 8), SIGMA, SEED).estimate(module, batch, None)
     pixels = ZerothOrderDS(box, (1, 8, 8), SIGMA, SEED, Estimator("cge")).estimate(module, batch, None)

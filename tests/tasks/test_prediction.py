@@ -48,7 +48,7 @@ def test_the_prediction_and_the_steps_prepare_the_module_once(tmp_path: Path, mo
     module, batches = problem.build_module().train(), problem.build_batches()
     source = sources.CGESource(torch.nn.functional.cross_entropy)
     predicted = work_of_a_step(experiment, module, batches, None, source.prepared)
-    found = source.estimate(module, sources.Batch(0, 0, 0, *batches.batch(0, 0)), None)
+    found = source.estimate(module, sources.Batch.of(0, 0, 0, *batches.batch(0, 0)), None)
     assert prepared_for == [module] and predicted == found.work
 
 

@@ -78,7 +78,8 @@ class DeepZeroDS:
             inputs = torch.cat([inputs, batch.inputs], 1)
         defended = _Defended(module, self.classifier, bool(self.reconstruction))
         chosen = None if coordinates is None else {_PREFIX + name: value for name, value in coordinates.items()}
-        estimate = self._cge.estimate(defended, replace(batch, inputs=inputs), chosen)
+        seen = Batch.of(batch.number, batch.epoch, batch.index, inputs, batch.targets)
+        estimate = self._cge.estimate(defended, seen, chosen)
         return replace(
             estimate,
             gradients=_without_prefix(estimate.gradients),

@@ -1,0 +1,40 @@
+"""A worker asked directly: with one worker and one thing to do, Dask's scheduler has nothing to schedule.
+
+A task passes through the scheduler four times, with its graph, its state and its result. A question goes to the worker,
+and its answer comes back. It is answered in the thread that tasks have: the two never compute at once.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from distributed import Client, Worker
+from distributed.protocol import to_serialize
+
+
+def teach(worker: Worker, question: str, answer: Callable[..., Any]) -> None:
+    """Have a worker answer a question by `answer(*arguments)`."""
+
+    async def handler(arguments: tuple[Any, ...]) -> dict[str, Any]:
+        found = await worker.loop.run_in_executor(worker.executors["default"], lambda: answer(*arguments))
+        return {"found": to_serialize(found)}
+
+    worker.handlers[question] = handler
+
+
+def unteach(worker: Worker, question: str) -> None:
+    worker.handlers.pop(question, None)
+
+
+def ask(client: Client, address: str, question: str, *arguments: Any) -> "Future[Any]":
+    """The future of the answer, None of a worker that was not taught it.
+
+    It raises what the worker raised, and OSError where that is lost or cannot be reached.
+    """
+
+    async def asked() -> Any:
+        answer = await getattr(client.rpc(address), question)(arguments=to_serialize(arguments))
+        return None if answer is None else answer["found"]
+
+    return asyncio.run_coroutine_threadsafe(asked(), client.loop.asyncio_loop)
