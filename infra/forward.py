@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
 _SPREAD_S = 10.0
+_SENT_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,8 @@ class DistributedCGE:
         if len(self._workers) != 1 or len(cut.ranges) != 1 or address in self._unreachable:
             return None
         asked = ask(self.client, address, self._name, state, cut.ranges[0])
-        meanwhile()
+        wait_for_answers([asked], timeout=_SENT_S)
+        meanwhile()  # which would hold up the question while it leaves
         left_s, look_s = self.timeout_s, min(_LOOK_S, self.timeout_s / 4)
         while not asked.done() and address in self._workers and self.client.status == "running" and left_s > 0:
             wait_for_answers([asked], timeout=look_s)

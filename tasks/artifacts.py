@@ -25,6 +25,7 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from tasks.beside import beside
 from tasks.records import Reported
 from tasks.tracking_store import artifact_url
 
@@ -60,7 +61,8 @@ def show_report(reported: Reported, *, title: str, run_id: str, url: str) -> Non
 
 
 class Gauge:
-    """The progress of a stage as an artifact, brought up to date every few seconds; nothing outside a Prefect task."""
+    """The progress of a stage as an artifact, brought up to date every few seconds, while the stage goes on; nothing
+    outside a Prefect task."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -69,13 +71,18 @@ class Gauge:
         self._percent = -1.0
 
     def show(self, percent: float, *, last: bool = False) -> None:
-        """`last`: at once, and only where it was shown before."""
-        now = time.monotonic()
-        if TaskRunContext.get() is None or percent == self._percent:
+        """`last`: at once, waited for, and only where it was shown before."""
+        if TaskRunContext.get() is None:
             return
-        if now < self._due and not (last and self._artifact):
+        if last:
+            beside(lambda: self._artifact and self._update(percent)).result()
+        elif time.monotonic() >= self._due:
+            self._due = time.monotonic() + _EVERY_S
+            beside(lambda: self._update(percent))
+
+    def _update(self, percent: float) -> None:
+        if percent == self._percent:
             return
-        self._due = now + _AFTER_A_FAILURE_S
         with _shown(f"the progress of {self._stage}"):
             if self._artifact is None:
                 self._artifact = create_progress_artifact(
@@ -83,7 +90,9 @@ class Gauge:
                 )
             else:
                 update_progress_artifact(self._artifact, percent)
-            self._percent, self._due = percent, now + _EVERY_S
+            self._percent = percent
+        if self._percent != percent:
+            self._due = time.monotonic() + _AFTER_A_FAILURE_S
 
 
 def slug(text: str) -> str:

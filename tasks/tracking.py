@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -26,6 +27,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput
 
 from deepzero_core.errors import RequestError, WorkError
 from infra.home import home
+from tasks.beside import beside
 from tasks.delivery import ID, Outbox, RefusedError, UnavailableError, asking, create, head, now_ms
 from tasks.environment import environment, git_state
 from tasks.gate import gate
@@ -93,6 +95,7 @@ class Run:
         self._last_steps = last_steps
         self._waiting = 0
         self._flushed = time.monotonic()
+        self._sending: Future[bool] | None = None
         self._ended = False
 
     @property
@@ -178,8 +181,8 @@ class Run:
         return cls(outbox, experiment_id, last_steps=last)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record numbers at a step. They are kept on disk at once, and sent in batches, every few seconds or when
-        `flush` is called; a store that does not answer in the meantime costs nothing.
+        """Record numbers at a step. They are kept on disk at once, and sent in batches, every few seconds, while the
+        caller goes on, or when `flush` is called; a store that does not answer in the meantime costs nothing.
 
         Raises:
             WorkError: the disk does not take them.
@@ -195,10 +198,16 @@ class Run:
         self._outbox.put({"kind": "metrics", "points": points})
         self._waiting += len(points)
         if self._waiting >= _FLUSH_POINTS or time.monotonic() - self._flushed >= _FLUSH_SECONDS:
-            self._send()
+            if self._sending is not None and not self._sending.done():
+                return
+            self._settle()
+            self._flushed, self._waiting = time.monotonic(), 0
+            self._sending = beside(self._send)
 
     def flush(self) -> None:
         """Send what waits, if the store is there; if it is not, make sure that it survives a loss of power."""
+        self._settle()
+        self._flushed, self._waiting = time.monotonic(), 0
         if not self._send():
             self._outbox.spool.sync()
 
@@ -284,6 +293,7 @@ class Run:
             return
         self._ended = True
         try:
+            self._settle()
             if reason is not None:
                 self._outbox.put({"kind": "tags", "values": {REASON: reason[:_TAG_CHARACTERS]}})
             self._outbox.say({"kind": "end", "status": status, "time": now_ms()})
@@ -310,11 +320,16 @@ class Run:
 
     def _send(self) -> bool:
         """Deliver what waits; whether nothing is left. What is refused has been put aside, with a warning."""
-        self._flushed, self._waiting = time.monotonic(), 0
         try:
             return self._outbox.try_to_deliver()
         except RefusedError:
             return True
+
+    def _settle(self) -> None:
+        """Wait for what is being sent. WorkError: the disk did not take what the store did not."""
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            sending.result()
 
 
 def _flattened(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

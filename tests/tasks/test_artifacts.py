@@ -12,6 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks.artifacts import Gauge, show_report, slug
+from tasks.beside import beside
 from tasks.records import Reported
 
 RUN = "0123456789abcdef0123456789abcdef"
@@ -82,6 +83,7 @@ def test_progress_is_shown_in_a_task_and_at_its_end(prefect_server: None) -> Non
         gauge = Gauge("train first-order, seed 3")
         for percent in (0.0, 10.0, 20.0):  # at once: only the first is worth a request
             gauge.show(percent)
+        beside(bool).result()
         assert shown()["progress-train-first-order-seed-3"].data == 0
         gauge.show(100.0, last=True)
 

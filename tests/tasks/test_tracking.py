@@ -22,6 +22,7 @@ from deepzero_core.errors import RequestError, WorkError
 from deepzero_core.models import build_model
 from infra.home import mlflow_artifacts, mlflow_database
 from tasks import tracking
+from tasks.beside import beside
 from tasks.environment import environment, git_state
 from tasks.tracking import Run, initialise, metrics_of, run_url, tracking_uri, ui_command
 from tasks.tracking_store import PID, REASON, STARTED
@@ -150,9 +151,11 @@ def test_metrics_are_sent_on_the_way(experiment: str, monkeypatch: pytest.Monkey
     run = Run.start(experiment, "many")
     for step in range(500):
         run.metrics({"a": step}, step)
+    beside(bool).result()
     assert len(history(run, "a")) == 500
     monkeypatch.setattr(tracking, "_FLUSH_SECONDS", 0.0)
     run.metrics({"b": 1}, 0)
+    beside(bool).result()
     assert history(run, "b") == [(0, 1)]
     run.end()
 
@@ -170,9 +173,11 @@ def test_metrics_wait_while_the_store_is_away(
     assert caplog.text.count("MLflow does not answer (ConnectionError: away)") == 1
     assert history(run, "a") == []
     run.metrics({"a": 2}, 2)
+    beside(bool).result()
     assert history(run, "a") == [], "a store that has failed is left alone for some seconds"
     run._outbox.gate._again = 0.0
     run.metrics({"a": 3}, 3)
+    beside(bool).result()
     assert history(run, "a") == [(1, 1), (2, 2), (3, 3)]
     assert client().get_run(run.run_id).data.tags["b"] == "late"
     assert "MLflow answers again" in caplog.text
