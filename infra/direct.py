@@ -10,15 +10,20 @@ from concurrent.futures import Future
 from typing import Any
 
 from distributed import Client, Worker
-from distributed.protocol import to_serialize
+
+from infra.packed import packed, unpacked
+
+_LEFT_S = 2e-3
 
 
-def teach(worker: Worker, question: str, answer: Callable[..., Any]) -> None:
-    """Have a worker answer a question by `answer(*arguments)`."""
+def teach(worker: Worker, question: str, answer: Callable[..., Any], afterwards: Callable[[], object]) -> None:
+    """Have a worker answer a question by `answer(*arguments)`, and do something when the answer has left."""
+    thread = worker.executors["default"]
 
-    async def handler(arguments: tuple[Any, ...]) -> dict[str, Any]:
-        found = await worker.loop.run_in_executor(worker.executors["default"], lambda: answer(*arguments))
-        return {"found": to_serialize(found)}
+    async def handler(arguments: bytes) -> dict[str, bytes]:
+        found = await worker.loop.run_in_executor(thread, lambda: packed(answer(*unpacked(arguments))))
+        worker.loop.call_later(_LEFT_S, thread.submit, afterwards)
+        return {"found": found}
 
     worker.handlers[question] = handler
 
@@ -34,7 +39,7 @@ def ask(client: Client, address: str, question: str, *arguments: Any) -> "Future
     """
 
     async def asked() -> Any:
-        answer = await getattr(client.rpc(address), question)(arguments=to_serialize(arguments))
-        return None if answer is None else answer["found"]
+        answer = await getattr(client.rpc(address), question)(arguments=packed(arguments))
+        return None if answer is None else unpacked(answer["found"])
 
     return asyncio.run_coroutine_threadsafe(asked(), client.loop.asyncio_loop)

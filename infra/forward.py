@@ -43,6 +43,7 @@ from deepzero_core.training import Batch
 from deepzero_core.training.sources import Coordinates
 from infra.cluster import shares_disk
 from infra.direct import ask, teach, unteach
+from infra.packed import packed, unpacked
 from infra.problem import Images, Problem
 from infra.ranges import Range, copies_for, divided, grouped, joined
 from infra.shipping import Shipment
@@ -103,6 +104,7 @@ class ForwardWorker(WorkerPlugin):
         self._built: tuple[nn.Module, BatchSource] | None = None
         self._evaluator: Evaluator | None = None
         self._base: tuple[str, BasePass] | None = None
+        self._drawn: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
         self._given_up: set[Any] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -110,7 +112,7 @@ class ForwardWorker(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         torch.set_num_threads(1)
-        teach(worker, self.name, self.answer_at_once)
+        teach(worker, self.name, self.answer_at_once, self.draw_ahead)
         # A worker that somebody else has started may have several threads; engine and random state are for one.
         self._turn = threading.Lock()
 
@@ -127,6 +129,13 @@ class ForwardWorker(WorkerPlugin):
     def answer_at_once(self, state: StepState, part: Range) -> Answer | None:
         """As `answer`, of the first range; None before a first task has built what this takes."""
         return self.answer(state, part, True, None) if self._built else None
+
+    def draw_ahead(self) -> None:
+        """The batch of the next step, while the coordinator makes its θ."""
+        with self._turn:
+            if self._built and self._drawn:
+                (epoch, index), steps = self._drawn[0], self._built[1].steps_per_epoch
+                self._batch(*divmod(epoch * steps + index + 1, steps))
 
     def answer(self, state: StepState, part: Range, first: bool, key: Any) -> Answer:
         """What a range is asked for. Reschedule: the task `key` has been given up."""
@@ -152,14 +161,20 @@ class ForwardWorker(WorkerPlugin):
             if self._built is None:
                 module = self._problem.build_module().train().to(self._device)
                 self._built = module, self._problem.build_batches(self._images)
-            module, batches = self._built
-            inputs, targets = (part.to(self._device) for part in batches.batch(state.epoch, state.index))
+            module = self._built[0]
+            inputs, targets = (part.to(self._device) for part in self._batch(state.epoch, state.index))
             if self._evaluator is None:
                 self._evaluator = prepare(module, inputs, targets, F.cross_entropy)
             torch.manual_seed(state.random_seed)
             parameters, buffers = _tensors(state.parameters, self._device), _tensors(state.buffers, self._device)
             self._base = state.name, self._evaluator.base(parameters, buffers, inputs, targets)
         return self._base[1]
+
+    def _batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        assert self._built is not None
+        if self._drawn is None or self._drawn[0] != (epoch, index):
+            self._drawn = (epoch, index), self._built[1].batch(epoch, index)
+        return self._drawn[1]
 
 
 def _tensors(arrays: Mapping[str, np.ndarray], device: torch.device | None = None) -> dict[str, Tensor]:
@@ -179,17 +194,17 @@ def _seen(value: Any) -> None:
     """A task whose only purpose is that its worker has its argument."""
 
 
-def _evaluate(number: int, plugin: str, state: StepState, ranges: Sequence[Range]) -> Answer:
+def _evaluate(number: int, plugin: str, state: StepState, ranges: Sequence[Range]) -> bytes:
     return _evaluate_range((ranges[number], number == 0), plugin, state)
 
 
-def _evaluate_range(part: tuple[Range, bool], plugin: str, state: StepState) -> Answer:
-    """part: a range, and whether it is the first of the step."""
+def _evaluate_range(part: tuple[Range, bool], plugin: str, state: StepState) -> bytes:
+    """part: a range, and whether it is the first of the step. Its answer, packed."""
     worker = get_worker()
     forward: ForwardWorker | None = worker.plugins.get(plugin)
     if forward is None:
-        return Answer([])  # the run was stopped and took its plugin away: nobody reads this
-    return forward.answer(state, *part, worker.get_current_task())
+        return b""  # the run was stopped and took its plugin away: nobody reads this
+    return packed(forward.answer(state, *part, worker.get_current_task()))
 
 
 @dataclass(frozen=True)
@@ -358,8 +373,8 @@ class DistributedCGE:
             chosen = [answers.chosen[number] for number in range(len(tasks))]
             pieces = zip(cut.ranges, chosen, strict=True)
             parts = [part for whole, futures in pieces for part in divided(whole, len(futures))]
-            results: list[Answer] = self.client.gather([future for futures in chosen for future in futures])
-            return parts, results
+            results = self.client.gather([future for futures in chosen for future in futures])
+            return parts, [unpacked(result) for result in results]
         except KilledWorker as error:
             raise LostError(
                 f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and each of them died; "
