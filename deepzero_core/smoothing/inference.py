@@ -27,9 +27,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from deepzero_core.errors import RequestError
 
-SLICE_BYTES = 2 << 20
+SLICE_BYTES = 4 << 20
 """Of the largest value of a pass: with its neighbours it fills a second-level cache and a share of the third."""
-LEAST, MOST = 16, 256
+LEAST, MOST = 16, 512
 """Images per slice: fewer do not pay for the calls of the layers."""
 _AGREEMENT = 1e-3
 
