@@ -10,10 +10,12 @@ from concurrent.futures import Future
 from typing import Any
 
 from distributed import Client, Worker
+from distributed.core import send_recv
 
 from infra.packed import packed, unpacked
 
 _LEFT_S = 2e-3
+_CONNECTED_S = 10.0
 
 
 def teach(worker: Worker, question: str, answer: Callable[..., Any], afterwards: Callable[[], object]) -> None:
@@ -39,7 +41,11 @@ def ask(client: Client, address: str, question: str, *arguments: Any) -> "Future
     """
 
     async def asked() -> Any:
-        answer = await getattr(client.rpc(address), question)(arguments=packed(arguments))
+        comm = await client.rpc.connect(address, timeout=_CONNECTED_S)
+        try:
+            answer = await send_recv(comm, op=question, arguments=packed(arguments))
+        finally:
+            client.rpc.reuse(address, comm)
         return None if answer is None else unpacked(answer["found"])
 
     return asyncio.run_coroutine_threadsafe(asked(), client.loop.asyncio_loop)

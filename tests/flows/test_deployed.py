@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from stacks import answered
 
 import configs
 from configs.loading import SCHEMAS
@@ -57,13 +58,7 @@ class Server:
         return self.ask("POST", path, body)
 
     def ask(self, method: str, path: str, body: Any = None) -> httpx.Response:
-        """The answer; a server whose database is busy says 503 and is asked again."""
-        for _ in range(20):
-            answer = httpx.request(method, f"{self.api}{path}", json=body, timeout=30)
-            if answer.status_code != 503:
-                break
-            time.sleep(0.5)
-        return answer
+        return answered(method, f"{self.api}{path}", body)
 
     def deployment(self, name: str) -> Any:
         return self.get(f"/deployments/name/{name}/{name}")

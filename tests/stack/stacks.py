@@ -1,5 +1,6 @@
 """Commands, processes and a PostgreSQL for the tests of the local stack: real servers, real signals."""
 
+import json
 import os
 import pwd
 import socket
@@ -61,6 +62,15 @@ class Command:
         return found
 
 
+def rows(deepzero: Command) -> dict[str, dict[str, Any]]:
+    """What `status` says of each service."""
+    return {row["service"]: row for row in json.loads(deepzero("status", "--json").stdout)}
+
+
+def well(deepzero: Command) -> bool:
+    return all(row["healthy"] for row in rows(deepzero).values())
+
+
 def eventually(condition: Callable[[], bool], seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -106,11 +116,16 @@ def accepts(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def asked(method: str, url: str, body: Any = None) -> Any:
-    """What a server of a stack answers; one whose database is busy says 503 and is asked again."""
+def answered(method: str, url: str, body: Any = None) -> httpx.Response:
+    """A server's answer; one whose database is busy says 503 and is asked again."""
     for _ in range(20):
         answer = httpx.request(method, url, json=body, timeout=30)
         if answer.status_code != 503:
             break
         time.sleep(0.5)
-    return answer.raise_for_status().json()
+    return answer
+
+
+def asked(method: str, url: str, body: Any = None) -> Any:
+    """What a server of a stack answers."""
+    return answered(method, url, body).raise_for_status().json()

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from stacks import Command, asked, eventually
+from stacks import Command, asked, eventually, rows, well
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -29,10 +29,6 @@ training:
   checkpoint_every: 5
 cluster: {{timeout_s: 200}}
 """
-
-
-def services(deepzero: Command) -> dict[str, dict[str, Any]]:
-    return {row["service"]: row for row in json.loads(deepzero("status", "--json").stdout)}
 
 
 def step(home: Path) -> int:
@@ -115,10 +111,10 @@ def test_triggered_killed_retried_done(module_home: Path, watched: Any) -> None:
         eventually(lambda: step(module_home) >= 5 or process.poll() is not None, 240, "the training is under way")
 
         # Servers and workers die in one moment: the run waits for its Dask worker and goes on.
-        before = services(deepzero)
+        before = rows(deepzero)
         for name in ("prefect", "mlflow", "dask-worker-1", "prefect-worker"):
             os.kill(before[name]["pid"], signal.SIGKILL)
-        eventually(lambda: all(row["healthy"] for row in services(deepzero).values()), 240, "all is well again")
+        eventually(lambda: well(deepzero), 240, "all is well again")
         goes_on()
 
         # With the scheduler a step is lost: the run says so and ends with a checkpoint.

@@ -7,12 +7,11 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
-from stacks import Command, eventually
+from stacks import Command, eventually, rows, well
 
 from infra.stack import lost_runs
 from infra.stack.secrets import Secrets
@@ -35,14 +34,6 @@ def stack(module_home: Path) -> Iterator[Command]:
         deepzero("down")
         for process in deepzero.processes():
             process.kill()
-
-
-def rows(deepzero: Command) -> dict[str, dict[str, Any]]:
-    return {row["service"]: row for row in json.loads(deepzero("status", "--json").stdout)}
-
-
-def well(deepzero: Command) -> bool:
-    return all(row["healthy"] for row in rows(deepzero).values())
 
 
 def places(deepzero: Command) -> dict[str, str]:
