@@ -305,24 +305,25 @@ class DistributedCGE:
 
     def _alone(self, state: StepState, cut: _Cut, meanwhile: Callable[[], object]) -> Answer | None:
         """The answer of the only worker to the only range; None where there are more, or it was lost or is silent."""
-        address = next(iter(self._workers), "")
-        if len(self._workers) != 1 or len(cut.ranges) != 1 or address in self._unreachable:
+        workers = tuple(self._workers)
+        if len(workers) != 1 or len(cut.ranges) != 1 or workers[0] in self._unreachable:
             return None
+        (address,) = workers
         asked = ask(self.client, address, self._name, state, cut.ranges[0])
-        wait_for_answers([asked], timeout=_SENT_S)
-        meanwhile()  # which would hold up the question while it leaves
-        left_s, look_s = self.timeout_s, min(_LOOK_S, self.timeout_s / 4)
-        while not asked.done() and address in self._workers and self.client.status == "running" and left_s > 0:
-            wait_for_answers([asked], timeout=look_s)
-            left_s -= look_s  # however long it took: a machine that was asleep has not waited
         try:
-            if asked.cancel():
-                return None  # the others will say what is wrong, or there is a new worker
-            answer: Answer | None = asked.result()
+            wait_for_answers([asked], timeout=_SENT_S)
+            meanwhile()  # which would hold up the question while it leaves
+            left_s, look_s = self.timeout_s, min(_LOOK_S, self.timeout_s / 4)
+            while not asked.done() and address in self._workers and self.client.status == "running" and left_s > 0:
+                wait_for_answers([asked], timeout=look_s)
+                left_s -= look_s  # however long it took: a machine that was asleep has not waited
+            answer: Answer | None = asked.result() if asked.done() else None
             return answer
         except OSError:
             self._unreachable.add(address)
             return None
+        finally:
+            asked.cancel()
 
     def _tasks(self, state: StepState, cut: _Cut) -> list[Task]:
         """The ranges, in the order in which they are to begin, large ones first."""
