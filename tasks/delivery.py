@@ -31,6 +31,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from deepzero_core.errors import WorkError
+from tasks.entries import fault
 from tasks.gate import Gate, gate
 from tasks.spool import Spool
 from tasks.tracking_store import REASON, STORE_ERRORS, one_line, tracking_uri
@@ -230,6 +231,8 @@ class Outbox:
         try:
             if send is None:
                 raise RefusedError(f"MLflow cannot be told an entry of the kind {kind!r}")
+            if wrong := fault(entries[0]):
+                raise RefusedError(f"an entry of the kind {kind!r} is not what was written: {wrong}")
             send(self, entries[0])
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise RefusedError(f"an entry of the kind {kind!r} is not what was written: {one_line(error)}") from error

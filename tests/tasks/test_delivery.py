@@ -229,6 +229,31 @@ def test_a_patience_that_is_no_time_is_refused(monkeypatch: pytest.MonkeyPatch, 
         patience_s()
 
 
+@pytest.mark.parametrize(
+    ("entry", "word"),
+    [
+        ({"kind": "end", "status": ["FINISHED"], "time": 1}, "status"),
+        ({"kind": "end", "status": "FINISHED", "time": 2**80}, "time"),
+        ({"kind": "tags", "values": {"a": ["b"]}}, "values.a"),
+        ({"kind": "params", "values": {"a": "\x00"}}, "values.a"),
+        ({"kind": "dataset", "name": "n", "digest": ["d"], "facts": {}}, "digest"),
+        ({"kind": "reopen", "tags": {"a": None}}, "tags.a"),
+    ],
+)
+def test_an_entry_of_wrong_types_holds_up_nothing(
+    experiment: str, store: Path, caplog: pytest.LogCaptureFixture, entry: dict[str, Any], word: str
+) -> None:
+    """At MLflow's database they would be errors that may pass, and be tried for ever."""
+    run_id = client().create_run(experiment).info.run_id
+    spool = Spool(place(store, run_id), delivery.head(run_id))
+    spool.append(entry)
+    spool.append({"kind": "metrics", "points": [["good", 1.0, 1, 1]]})
+    spool.close()
+    assert deliver_waiting().left == ()
+    assert [point.step for point in client().get_metric_history(run_id, "good")] == [1]
+    assert f"is not what was written: {word}: " in caplog.text
+
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
