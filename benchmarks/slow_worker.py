@@ -65,9 +65,9 @@ def _slow_down(client: Client) -> None:
     """Of one worker: after each chunk it sleeps nine times as long as the chunk took, which takes nobody's core."""
 
     def slow(times: int) -> None:
-        from infra import forward
+        from infra import forward_worker
 
-        real = forward.slope
+        real = forward_worker.slope
 
         def slower(*arguments: object) -> object:
             began = time.perf_counter()
@@ -75,7 +75,7 @@ def _slow_down(client: Client) -> None:
             time.sleep((times - 1) * (time.perf_counter() - began))
             return found
 
-        forward.slope = slower
+        forward_worker.slope = slower
 
     workers: Sequence[str] = list(client.nthreads())
     client.run(slow, SLOWER, workers=[workers[0]])

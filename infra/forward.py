@@ -13,7 +13,6 @@ Workers that share no disk with this process are sent the training images (`ship
 """
 
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait as wait_for_answers
 from contextlib import suppress
@@ -22,18 +21,16 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import torch
-from distributed import CancelledError, Client, Future, KilledWorker, Reschedule, Worker, WorkerPlugin, get_worker
+from distributed import CancelledError, Client, Future, KilledWorker
 from distributed import wait as wait_for_tasks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepzero_core import GradientEstimate
-from deepzero_core.data import BatchSource
 from deepzero_core.errors import LostError
-from deepzero_core.estimators.cge import queries, slope, work
-from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
+from deepzero_core.estimators.cge import queries, work
+from deepzero_core.perturb import BasePass, Evaluator, prepare
 from deepzero_core.perturb.coordinates import count, resolve, scatter
 from deepzero_core.perturb.cost import Cost, total
 from deepzero_core.perturb.evaluator import chunks
@@ -42,8 +39,9 @@ from deepzero_core.perturb.objective import state_of
 from deepzero_core.training import Batch
 from deepzero_core.training.sources import Coordinates
 from infra.cluster import shares_disk
-from infra.direct import ask, teach, unteach
-from infra.packed import packed, unpacked
+from infra.direct import ask
+from infra.forward_worker import Answer, ForwardWorker, StepState, arrays_of, evaluate, evaluate_range, tensors_of
+from infra.packed import unpacked
 from infra.problem import Images, Problem
 from infra.ranges import Range, copies_for, divided, grouped, joined
 from infra.shipping import Shipment
@@ -56,135 +54,6 @@ _SPREAD_S = 10.0
 _SENT_S = 0.02
 
 
-@dataclass(frozen=True)
-class StepState:
-    """θ of one step, with the batch it is evaluated on. Arrays, so that it travels without a copy."""
-
-    name: str
-    """Unique to this θ on this batch: what is held under it is never that of another step."""
-    epoch: int
-    index: int
-    parameters: dict[str, np.ndarray]
-    buffers: dict[str, np.ndarray]
-    random_seed: int
-
-    @property
-    def bytes(self) -> int:
-        return sum(array.nbytes for arrays in (self.parameters, self.buffers) for array in arrays.values())
-
-
-@dataclass(frozen=True)
-class Unperturbed:
-    """l(θ), the outputs [B, K], and the buffers as the pass leaves them."""
-
-    loss: np.ndarray
-    outputs: np.ndarray
-    buffers: dict[str, np.ndarray]
-
-    @classmethod
-    def of(cls, base: BasePass) -> "Unperturbed":
-        return cls(base.loss.cpu().numpy(), base.outputs.cpu().numpy(), _arrays(base.buffers))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """ĝ at the coordinates of every chunk of a range; of the first range, what the base pass gives."""
-
-    slopes: list[np.ndarray]
-    unperturbed: Unperturbed | None = None
-
-
-class ForwardWorker(WorkerPlugin):
-    """A worker's module, data and engine, built by its first task; set up again when Dask replaces the worker."""
-
-    def __init__(self, name: str, problem: Problem, images: Images | None = None) -> None:
-        self.name = name
-        self._problem, self._images = problem, images
-        self._device = torch.device(problem.device)
-        self._built: tuple[nn.Module, BatchSource] | None = None
-        self._evaluator: Evaluator | None = None
-        self._base: tuple[str, BasePass] | None = None
-        self._drawn: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
-        self._given_up: set[Any] = set()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardWorker, (self.name, self._problem, self._images)
-
-    def setup(self, worker: Worker) -> None:
-        torch.set_num_threads(1)
-        teach(worker, self.name, self.answer_at_once, self.draw_ahead)
-        # A worker that somebody else has started may have several threads; engine and random state are for one.
-        self._turn = threading.Lock()
-
-    def teardown(self, worker: Worker) -> None:
-        unteach(worker, self.name)
-
-    def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
-        """Note which tasks of this worker nobody waits for any more: another worker was faster."""
-        if start == "executing" and finish in ("cancelled", "released", "forgotten"):
-            self._given_up.add(key)
-        elif finish in ("executing", "resumed"):
-            self._given_up.discard(key)
-
-    def answer_at_once(self, state: StepState, part: Range) -> Answer | None:
-        """As `answer`, of the first range; None before a first task has built what this takes."""
-        return self.answer(state, part, True, None) if self._built else None
-
-    def draw_ahead(self) -> None:
-        """The batch of the next step, while the coordinator makes its θ."""
-        with self._turn:
-            if self._built and self._drawn:
-                (epoch, index), steps = self._drawn[0], self._built[1].steps_per_epoch
-                self._batch(*divmod(epoch * steps + index + 1, steps))
-
-    def answer(self, state: StepState, part: Range, first: bool, key: Any) -> Answer:
-        """What a range is asked for. Reschedule: the task `key` has been given up."""
-        with self._turn:
-            base = self._base_of(state)
-            found = []
-            for name, indices in part.chunks:
-                if key in self._given_up:
-                    raise Reschedule  # Dask forgets it, or begins again if it has changed its mind
-                found.append(self._slope(base, name, indices))
-            return Answer(found, Unperturbed.of(base) if first else None)
-
-    def _slope(self, base: BasePass, name: str, indices: np.ndarray) -> np.ndarray:
-        problem, chunk = self._problem, Chunk(name, torch.from_numpy(indices.copy()).to(self._device))
-        assert self._evaluator is not None
-        found = slope(self._evaluator, base, chunk, problem.mu, problem.difference, problem.precision)
-        return found.cpu().numpy()
-
-    def _base_of(self, state: StepState) -> BasePass:
-        """The base pass of a step, kept until the next: every range of the step reads it."""
-        if self._base is None or self._base[0] != state.name:
-            self._given_up.clear()
-            if self._built is None:
-                module = self._problem.build_module().train().to(self._device)
-                self._built = module, self._problem.build_batches(self._images)
-            module = self._built[0]
-            inputs, targets = (part.to(self._device) for part in self._batch(state.epoch, state.index))
-            if self._evaluator is None:
-                self._evaluator = prepare(module, inputs, targets, F.cross_entropy)
-            torch.manual_seed(state.random_seed)
-            parameters, buffers = _tensors(state.parameters, self._device), _tensors(state.buffers, self._device)
-            self._base = state.name, self._evaluator.base(parameters, buffers, inputs, targets)
-        return self._base[1]
-
-    def _batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        assert self._built is not None
-        if self._drawn is None or self._drawn[0] != (epoch, index):
-            self._drawn = (epoch, index), self._built[1].batch(epoch, index)
-        return self._drawn[1]
-
-
-def _tensors(arrays: Mapping[str, np.ndarray], device: torch.device | None = None) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array.copy()).to(device) for name, array in arrays.items()}
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
-
-
 def _hold(value: Any) -> Any:
     """A task whose only purpose is that its result is cached on workers and rebuilt from the graph when lost."""
     return value
@@ -192,19 +61,6 @@ def _hold(value: Any) -> Any:
 
 def _seen(value: Any) -> None:
     """A task whose only purpose is that its worker has its argument."""
-
-
-def _evaluate(number: int, plugin: str, state: StepState, ranges: Sequence[Range]) -> bytes:
-    return _evaluate_range((ranges[number], number == 0), plugin, state)
-
-
-def _evaluate_range(part: tuple[Range, bool], plugin: str, state: StepState) -> bytes:
-    """part: a range, and whether it is the first of the step. Its answer, packed."""
-    worker = get_worker()
-    forward: ForwardWorker | None = worker.plugins.get(plugin)
-    if forward is None:
-        return b""  # the run was stopped and took its plugin away: nobody reads this
-    return packed(forward.answer(state, *part, worker.get_current_task()))
 
 
 @dataclass(frozen=True)
@@ -269,7 +125,7 @@ class DistributedCGE:
         """
         parameters, buffers = state_of(module)
         seed = torch.initial_seed()
-        state = StepState(uuid4().hex, batch.epoch, batch.index, _arrays(parameters), _arrays(buffers), seed)
+        state = StepState(uuid4().hex, batch.epoch, batch.index, arrays_of(parameters), arrays_of(buffers), seed)
         if self._evaluator is None:
             self.prepared(module, batch.inputs, batch.targets)
         chosen = resolve(module, coordinates)
@@ -280,7 +136,7 @@ class DistributedCGE:
         spent = queries(count(chosen), self.problem.difference)
         unperturbed = answers[0].unperturbed
         assert unperturbed is not None
-        outputs, left = torch.from_numpy(unperturbed.outputs), _tensors(unperturbed.buffers)
+        outputs, left = torch.from_numpy(unperturbed.outputs), tensors_of(unperturbed.buffers)
         return GradientEstimate(gradients, spent, unperturbed.loss.item(), outputs, left, cut.work)
 
     def _cut_for(
@@ -335,7 +191,7 @@ class DistributedCGE:
             if copies > 1:
                 self._spread(held, copies)
         futures = self.client.map(
-            _evaluate,
+            evaluate,
             numbers,
             plugin=self._name,
             state=held,
@@ -348,7 +204,7 @@ class DistributedCGE:
             parts = [(part, number + place == 0) for place, part in enumerate(divided(cut.ranges[number], pieces))]
             keys = [self._key("again", state.name, number, uuid4().hex) for _ in parts]
             options = {"key": keys, "pure": False, "workers": list(workers)}
-            return self.client.map(_evaluate_range, parts, plugin=self._name, state=held, **options)
+            return self.client.map(evaluate_range, parts, plugin=self._name, state=held, **options)
 
         return [Task(cost, f, partial(again, n)) for n, cost, f in zip(numbers, cut.costs, futures, strict=True)]
 

@@ -73,25 +73,25 @@ def hold(gate: str) -> None:
     import time
     from pathlib import Path
 
-    from infra import forward
+    from infra import forward_worker
 
-    real = forward.slope
-    forward.counted = 0
+    real = forward_worker.slope
+    forward_worker.counted = 0
 
     def held(*arguments: object) -> object:
         while Path(gate).exists():
             Path(gate).with_name("held").touch()
             time.sleep(0.01)
-        forward.counted += 1
+        forward_worker.counted += 1
         return real(*arguments)
 
-    forward.slope = held
+    forward_worker.slope = held
 
 
 def counted() -> int:
-    from infra import forward
+    from infra import forward_worker
 
-    return int(forward.counted)
+    return int(forward_worker.counted)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,162 @@
+"""What a Dask worker holds of a training, and what it answers: see `infra.forward`."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from distributed import Reschedule, Worker, WorkerPlugin, get_worker
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepzero_core.data import BatchSource
+from deepzero_core.estimators.cge import slope
+from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
+from infra.direct import teach, unteach
+from infra.packed import packed
+from infra.problem import Images, Problem
+from infra.ranges import Range
+
+
+@dataclass(frozen=True)
+class StepState:
+    """θ of one step, with the batch it is evaluated on. Arrays, so that it travels without a copy."""
+
+    name: str
+    """Unique to this θ on this batch: what is held under it is never that of another step."""
+    epoch: int
+    index: int
+    parameters: dict[str, np.ndarray]
+    buffers: dict[str, np.ndarray]
+    random_seed: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for arrays in (self.parameters, self.buffers) for array in arrays.values())
+
+
+@dataclass(frozen=True)
+class Unperturbed:
+    """l(θ), the outputs [B, K], and the buffers as the pass leaves them."""
+
+    loss: np.ndarray
+    outputs: np.ndarray
+    buffers: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, base: BasePass) -> "Unperturbed":
+        return cls(base.loss.cpu().numpy(), base.outputs.cpu().numpy(), arrays_of(base.buffers))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """ĝ at the coordinates of every chunk of a range; of the first range, what the base pass gives."""
+
+    slopes: list[np.ndarray]
+    unperturbed: Unperturbed | None = None
+
+
+class ForwardWorker(WorkerPlugin):
+    """A worker's module, data and engine, built by its first task; set up again when Dask replaces the worker."""
+
+    def __init__(self, name: str, problem: Problem, images: Images | None = None) -> None:
+        self.name = name
+        self._problem, self._images = problem, images
+        self._device = torch.device(problem.device)
+        self._built: tuple[nn.Module, BatchSource] | None = None
+        self._evaluator: Evaluator | None = None
+        self._base: tuple[str, BasePass] | None = None
+        self._drawn: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        self._given_up: set[Any] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ForwardWorker, (self.name, self._problem, self._images)
+
+    def setup(self, worker: Worker) -> None:
+        torch.set_num_threads(1)
+        teach(worker, self.name, self.answer_at_once, self.draw_ahead)
+        # A worker that somebody else has started may have several threads; engine and random state are for one.
+        self._turn = threading.Lock()
+
+    def teardown(self, worker: Worker) -> None:
+        unteach(worker, self.name)
+
+    def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
+        """Note which tasks of this worker nobody waits for any more: another worker was faster."""
+        if start == "executing" and finish in ("cancelled", "released", "forgotten"):
+            self._given_up.add(key)
+        elif finish in ("executing", "resumed"):
+            self._given_up.discard(key)
+
+    def answer_at_once(self, state: StepState, part: Range) -> Answer | None:
+        """As `answer`, of the first range; None before a first task has built what this takes."""
+        return self.answer(state, part, True, None) if self._built else None
+
+    def draw_ahead(self) -> None:
+        """The batch of the next step, while the coordinator makes its θ."""
+        with self._turn:
+            if self._built and self._drawn:
+                (epoch, index), steps = self._drawn[0], self._built[1].steps_per_epoch
+                self._batch(*divmod(epoch * steps + index + 1, steps))
+
+    def answer(self, state: StepState, part: Range, first: bool, key: Any) -> Answer:
+        """What a range is asked for. Reschedule: the task `key` has been given up."""
+        with self._turn:
+            base = self._base_of(state)
+            found = []
+            for name, indices in part.chunks:
+                if key in self._given_up:
+                    raise Reschedule  # Dask forgets it, or begins again if it has changed its mind
+                found.append(self._slope(base, name, indices))
+            return Answer(found, Unperturbed.of(base) if first else None)
+
+    def _slope(self, base: BasePass, name: str, indices: np.ndarray) -> np.ndarray:
+        problem, chunk = self._problem, Chunk(name, torch.from_numpy(indices.copy()).to(self._device))
+        assert self._evaluator is not None
+        found = slope(self._evaluator, base, chunk, problem.mu, problem.difference, problem.precision)
+        return found.cpu().numpy()
+
+    def _base_of(self, state: StepState) -> BasePass:
+        """The base pass of a step, kept until the next: every range of the step reads it."""
+        if self._base is None or self._base[0] != state.name:
+            self._given_up.clear()
+            if self._built is None:
+                module = self._problem.build_module().train().to(self._device)
+                self._built = module, self._problem.build_batches(self._images)
+            module = self._built[0]
+            inputs, targets = (part.to(self._device) for part in self._batch(state.epoch, state.index))
+            if self._evaluator is None:
+                self._evaluator = prepare(module, inputs, targets, F.cross_entropy)
+            torch.manual_seed(state.random_seed)
+            parameters, buffers = tensors_of(state.parameters, self._device), tensors_of(state.buffers, self._device)
+            self._base = state.name, self._evaluator.base(parameters, buffers, inputs, targets)
+        return self._base[1]
+
+    def _batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        assert self._built is not None
+        if self._drawn is None or self._drawn[0] != (epoch, index):
+            self._drawn = (epoch, index), self._built[1].batch(epoch, index)
+        return self._drawn[1]
+
+
+def tensors_of(arrays: Mapping[str, np.ndarray], device: torch.device | None = None) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array.copy()).to(device) for name, array in arrays.items()}
+
+
+def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
+
+
+def evaluate(number: int, plugin: str, state: StepState, ranges: Sequence[Range]) -> bytes:
+    return evaluate_range((ranges[number], number == 0), plugin, state)
+
+
+def evaluate_range(part: tuple[Range, bool], plugin: str, state: StepState) -> bytes:
+    """part: a range, and whether it is the first of the step. Its answer, packed."""
+    worker = get_worker()
+    forward: ForwardWorker | None = worker.plugins.get(plugin)
+    if forward is None:
+        return b""  # the run was stopped and took its plugin away: nobody reads this
+    return packed(forward.answer(state, *part, worker.get_current_task()))
