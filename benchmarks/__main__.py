@@ -50,7 +50,7 @@ from benchmarks import (
 from benchmarks.cases import CASES
 from benchmarks.faults import table as faults
 from benchmarks.faults.cases import CASES as FAULTS
-from benchmarks.machine import machine
+from benchmarks.machine import load_average, machine
 from benchmarks.measure import Options, measure
 from benchmarks.results import Row, save
 from benchmarks.table import show
@@ -113,10 +113,11 @@ def _memory(options: argparse.Namespace) -> None:
 def _certification(options: argparse.Namespace) -> None:
     cases = _known(options.case or list(certification.CASES), list(certification.CASES), "case")
     _set_up(options)
-    report = _Report()
+    report, before = _Report(), load_average()
+    report(f"load {before} before the start: whatever else runs on this machine is timed too")
     found = certification.measure(cases, options.repeats, report)
     # Not before: it loads the engine, which has the allocator keep freed memory, and a plain loop knows no engine.
-    facts = machine(options.threads, torch.device("cpu"))
+    facts = machine(options.threads, torch.device("cpu")) | {"load": before}
     save(options.json, {"machine": facts, "certification": certification.documents(found)})
     certification.show(found)
 

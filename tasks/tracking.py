@@ -197,17 +197,14 @@ class Run:
             return
         self._outbox.put({"kind": "metrics", "points": points})
         self._waiting += len(points)
-        if self._waiting >= _FLUSH_POINTS or time.monotonic() - self._flushed >= _FLUSH_SECONDS:
-            if self._sending is not None and not self._sending.done():
-                return
+        due = self._waiting >= _FLUSH_POINTS or time.monotonic() - self._flushed >= _FLUSH_SECONDS
+        if due and (self._sending is None or self._sending.done()):
             self._settle()
-            self._flushed, self._waiting = time.monotonic(), 0
             self._sending = beside(self._send)
 
     def flush(self) -> None:
         """Send what waits, if the store is there; if it is not, make sure that it survives a loss of power."""
         self._settle()
-        self._flushed, self._waiting = time.monotonic(), 0
         if not self._send():
             self._outbox.spool.sync()
 
@@ -326,7 +323,8 @@ class Run:
             return True
 
     def _settle(self) -> None:
-        """Wait for what is being sent. WorkError: the disk did not take what the store did not."""
+        """Wait for what is being sent; the next is due anew. WorkError: the disk did not take what was refused."""
+        self._flushed, self._waiting = time.monotonic(), 0
         sending, self._sending = self._sending, None
         if sending is not None:
             sending.result()

@@ -130,7 +130,8 @@ def _observed(module: nn.Module, images: Tensor) -> tuple[Tensor, int]:
 
 
 def _folded(module: nn.Module) -> nn.Module:
-    """The module with every BatchNorm folded that alone reads a convolution; itself where it is not traced."""
+    """The module with every BatchNorm folded that alone reads a convolution, and every ReLU behind the pooling that
+    alone reads it; itself where it is not traced."""
     try:
         traced = fx.symbolic_trace(copy.deepcopy(module))
     except Exception:  # whatever a stranger's forward does with symbols: it runs as it is
@@ -141,14 +142,16 @@ def _folded(module: nn.Module) -> nn.Module:
         before = node.args[0] if node.args else None
         if not (isinstance(before, fx.Node) and node.op == before.op == "call_module" and len(before.users) == 1):
             continue
-        conv, norm = parts[str(before.target)], parts[str(node.target)]
+        first, second = parts[str(before.target)], parts[str(node.target)]
         once = calls.count(before.target) == calls.count(node.target) == 1
-        if type(conv) is nn.ReLU and type(norm) is nn.MaxPool2d and not norm.return_indices:
+        if type(first) is nn.ReLU and type(second) is nn.MaxPool2d and not second.return_indices:
             node.replace_all_uses_with(before)
             node.args, before.args = before.args, (node,)
             node.append(before)
-        elif once and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
-            fused = fuse_conv_bn_eval(conv, norm)
+            continue
+        folds = isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d) and second.running_var is not None
+        if once and folds:
+            fused = fuse_conv_bn_eval(first, second)
             parent, _, name = str(before.target).rpartition(".")
             setattr(traced.get_submodule(parent), name, fused)
             node.replace_all_uses_with(before)

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,9 @@ class Steps:
         self._number = self.by_tasks = 0
         tasks = source._tasks
 
-        def counted(*arguments: object) -> object:
+        def counted(*arguments: Any) -> Any:
             self.by_tasks += 1
-            return tasks(*arguments)  # type: ignore[arg-type]
+            return tasks(*arguments)
 
         monkeypatch.setattr(source, "_tasks", counted)
 
