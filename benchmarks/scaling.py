@@ -35,16 +35,14 @@ from deepzero_core.estimators.cge import slope
 from deepzero_core.perturb import Chunk
 from deepzero_core.perturb import prepare as prepare_evaluator
 from deepzero_core.perturb.coordinates import resolve
-from deepzero_core.perturb.cost import total
 from deepzero_core.perturb.evaluator import chunks
-from deepzero_core.perturb.machine import NOMINAL
 from deepzero_core.perturb.objective import state_of
 from deepzero_core.sparsity import maskable_parameters
 from deepzero_core.training import Batch
 from infra.cluster import connect
 from infra.forward import DistributedCGE
 from infra.problem import Problem
-from infra.ranges import FEWEST, copies_for, grouped, tapered
+from infra.ranges import ENOUGH, copies_for, grouped, tapered
 from tasks.problem import problem_of as problem_of_experiment
 from tasks.records import Prepared
 
@@ -68,11 +66,10 @@ class Scene:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of the base pass and of every chunk, in order; what the cost model says of the chunks; bytes of θ."""
+    """Seconds of the base pass and of every chunk, in order; bytes of θ."""
 
     base: float
     chunks: tuple[float, ...]
-    nominal: tuple[float, ...]
     theta: int
 
     def load(self, groups: Sequence[Sequence[int]]) -> Load:
@@ -80,13 +77,13 @@ class Measured:
 
     def after(self, costs: Costs, workers: int) -> Step:
         """As ranges are handed out."""
-        groups = grouped(self.nominal, workers)
+        groups = grouped(self.chunks, workers)
         copies = copies_for(min(workers, len(groups)), self.theta)
         return simulate(self.load(groups), costs, workers, copies=copies)
 
     def before(self, costs: Costs, workers: int) -> Step:
         """As they were."""
-        return simulate(self.load(tapered(self.nominal, FEWEST)), costs, workers)
+        return simulate(self.load(tapered(self.chunks, ENOUGH)), costs, workers)
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ def work_of(scene: Scene, report: Report) -> Measured:
         slope(evaluator, base, chunk, problem.mu, problem.difference, problem.precision)
         return time.perf_counter() - began
 
-    each, nominal = {}, {}
+    each = {}
     for position, name in enumerate(chosen):
         report(f"timing parameter {position + 1} of {len(chosen)}")
         mine = [chunk for chunk in parts if chunk.name == name]
@@ -172,12 +169,10 @@ def work_of(scene: Scene, report: Report) -> Measured:
         seconds(mine[0])
         some = mine[:: max(1, len(mine) // _TIMED_CHUNKS)][:_TIMED_CHUNKS]
         each[name] = sum(seconds(chunk) for chunk in some) / sum(len(chunk.indices) for chunk in some)
-        nominal[name] = total(evaluator.cost(base, name)).seconds(NOMINAL)
     theta = sum(value.nbytes for value in (*parameters.values(), *buffers.values()))
     return Measured(
         base_s,
         tuple(each[chunk.name] * len(chunk.indices) for chunk in parts),
-        tuple(nominal[chunk.name] * len(chunk.indices) for chunk in parts),
         theta,
     )
 

@@ -18,6 +18,8 @@ from infra.forward import DistributedCGE
 from infra.problem import Problem
 
 TIMEOUT_S = 600.0
+_WARM_UP = 4
+"""Steps before the first that counts: a run cuts its ranges by what the first two have taken."""
 
 
 def measure_workers(options: Options, report: Report, *, depth: int = 5, batch: int = 128, size: int = 32) -> list[Row]:
@@ -41,8 +43,9 @@ def measure_workers(options: Options, report: Report, *, depth: int = 5, batch: 
                 )
                 for name, source in (("one worker", one), ("two workers", two))
             ]
-            report("workers: warming up")
-            first, second = (contender.slopes(coordinates) for contender in contenders)
+            for step_number in range(_WARM_UP):
+                report(f"workers: warming up, step {step_number + 1} of {_WARM_UP}")
+                first, second = (contender.slopes(coordinates) for contender in contenders)
             if any(not torch.equal(first[name], second[name]) for name in first):
                 raise AssertionError("two workers return other bits than one")
             times = in_turns(

@@ -9,12 +9,16 @@ SETTINGS: dict[str, Any] = {
     "distributed.worker.multiprocessing-method": "spawn",
     # Idle workers pull ranges from busy ones; θ is small, so that a pull is cheap.
     "distributed.scheduler.work-stealing": True,
+    # What a step reads again stays where it is: no dropping of copies every two seconds, to be fetched for the next.
+    "distributed.scheduler.active-memory-manager.start": False,
     # What stops this process is not for its workers.
     "distributed.worker.preload": ["infra.dask_preload"],
     "distributed.scheduler.preload": ["infra.dask_memory"],
-    # Every core computes: no sampling of stacks every 10 ms, no look at the event loop every 20 ms.
+    # Every core computes: no sampling of stacks every 10 ms, no look at the event loop every 20 ms or at disk and
+    # network every 500 ms.
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
     # Dask keeps its last messages, and with each of them θ: of a large network a thousand would fill the memory.
     "distributed.admin.low-level-log-length": 10,
     "distributed.admin.log-length": 1000,

@@ -1,6 +1,7 @@
 """Forward evaluation on Dask workers: what a worker holds, what a task does, and the coordinator's side of a step.
 
-    step        one small task holds θ for the step; every worker fetches it once, as a dependency of its ranges
+    step        a small θ goes with every range; a large one is held by a task for the step, and every worker fetches it
+                once, as a dependency of its ranges
     range       a fixed list of chunks; its result is loss differences, and of the first range also the unperturbed
                 loss, outputs and buffers, which its worker has made for it anyway
     worker      keeps module, data and traced engine, built by a plugin that runs again on every replacement
@@ -21,6 +22,7 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from distributed import CancelledError, Client, Future, KilledWorker
 from distributed import wait as wait_for_tasks
@@ -40,10 +42,10 @@ from deepzero_core.training import Batch
 from deepzero_core.training.sources import Coordinates
 from infra.cluster import shares_disk
 from infra.direct import ask
-from infra.forward_worker import Answer, ForwardWorker, StepState, arrays_of, evaluate, evaluate_range, tensors_of
+from infra.forward_worker import Answer, ForwardWorker, StepState, evaluate, evaluate_range, tensors_of
 from infra.packed import unpacked
 from infra.problem import Images, Problem
-from infra.ranges import Range, copies_for, divided, grouped, joined
+from infra.ranges import Range, copies_for, divided, grouped, joined, paces
 from infra.shipping import Shipment
 from infra.stragglers import Answers, Task
 
@@ -52,6 +54,9 @@ log = logging.getLogger(__name__)
 _LOOK_S = 1.0
 _SPREAD_S = 10.0
 _SENT_S = 0.02
+_TIMED_STEPS = 2
+_ALONG = 4 << 20
+"""Bytes of θ, in all its copies, that ranges take along: more of them are fetched, once by each worker."""
 
 
 def _hold(value: Any) -> Any:
@@ -63,12 +68,24 @@ def _seen(value: Any) -> None:
     """A task whose only purpose is that its worker has its argument."""
 
 
+def _nominal(evaluator: Evaluator, base: BasePass, name: str, coordinates: int) -> float:
+    """Seconds of a chunk by the cost model."""
+    starts = Cost(starts=evaluator.starts(base, name, 1))
+    return (total(evaluator.cost(base, name)) * coordinates + starts).seconds(NOMINAL)
+
+
 @dataclass(frozen=True)
 class _Cut:
-    """The ranges of a mask for so many workers, and what the workers hold of them."""
+    """The chunks of a mask and what they cost by the model; their ranges, and what the workers hold of them.
+
+    workers, timed: for so many, after so many steps whose chunks were timed.
+    """
 
     coordinates: Coordinates | None
+    parts: list[tuple[str, np.ndarray]]
+    nominal: list[float]
     workers: int
+    timed: int
     ranges: list[Range]
     costs: list[float]
     held: Future
@@ -87,6 +104,8 @@ class DistributedCGE:
     _name: str = field(default_factory=lambda: uuid4().hex)
     _evaluator: Evaluator | None = None
     _cut: _Cut | None = None
+    _pace: dict[str, float] = field(default_factory=dict)
+    _timed: int = 0
     _workers: set[str] = field(default_factory=set)
     _unreachable: set[str] = field(default_factory=set)
     _shipment: Shipment | None = None
@@ -124,14 +143,14 @@ class DistributedCGE:
             LostError: no worker answered within the time-out, the scheduler was lost, or a range kills its workers.
         """
         parameters, buffers = state_of(module)
-        seed = torch.initial_seed()
-        state = StepState(uuid4().hex, batch.epoch, batch.index, arrays_of(parameters), arrays_of(buffers), seed)
+        state = StepState.of(batch, parameters, buffers, torch.initial_seed())
         if self._evaluator is None:
             self.prepared(module, batch.inputs, batch.targets)
         chosen = resolve(module, coordinates)
         cut = self._cut_for(coordinates, chosen, lambda e: e.base(parameters, buffers, batch.inputs, batch.targets))
         alone = self._alone(state, cut, meanwhile=lambda: batch.targets)
         parts, answers = (cut.ranges, [alone]) if alone else self._answers(self._tasks(state, cut), cut)
+        self._time(parts, answers)
         gradients = scatter(parameters, chosen, joined(parts, [answer.slopes for answer in answers]))
         spent = queries(count(chosen), self.problem.difference)
         unperturbed = answers[0].unperturbed
@@ -142,22 +161,35 @@ class DistributedCGE:
     def _cut_for(
         self, coordinates: Coordinates | None, chosen: Mapping[str, Tensor], base_of: Callable[[Evaluator], BasePass]
     ) -> _Cut:
-        """Ranges for a mask and the workers there are, cut when one of them has changed."""
-        cut, evaluator, workers = self._cut, self._evaluator, len(self._workers)
+        """Ranges for a mask and the workers there are, cut when one of them has changed or a first step was timed."""
+        cut, evaluator, workers, timed = self._cut, self._evaluator, len(self._workers), self._timed
         assert evaluator is not None
-        if cut is not None and cut.coordinates is coordinates and cut.workers == workers:
+        if cut is None or cut.coordinates is not coordinates:
+            base = base_of(evaluator)
+            parts = [(c.name, c.indices.numpy()) for c in chunks(evaluator, base, chosen, self.problem.memory)]
+            nominal = [_nominal(evaluator, base, name, len(indices)) for name, indices in parts]
+            done = work(evaluator, base, chosen, self.problem.difference, self.problem.memory)
+        elif (cut.workers, cut.timed) != (workers, timed):
+            parts, nominal, done = cut.parts, cut.nominal, cut.work
+        else:
             return cut
-        base = base_of(evaluator)
-        parts = [(chunk.name, chunk.indices.numpy()) for chunk in chunks(evaluator, base, chosen, self.problem.memory)]
-        each = {name: total(evaluator.cost(base, name)).seconds(NOMINAL) for name in chosen}
-        costs = [len(indices) * each[name] for name, indices in parts]
+        costs = [
+            len(indices) * self._pace[name] if name in self._pace else cost
+            for (name, indices), cost in zip(parts, nominal, strict=True)
+        ]
         groups = grouped(costs, workers) or [[]]  # without a coordinate there is still the base pass
         ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
         held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
         shares = [sum(costs[i] for i in group) for group in groups]
-        done = work(evaluator, base, chosen, self.problem.difference, self.problem.memory)
-        self._cut = _Cut(coordinates, workers, ranges, shares, held, done)
+        self._cut = _Cut(coordinates, parts, nominal, workers, timed, ranges, shares, held, done)
         return self._cut
+
+    def _time(self, parts: Sequence[Range], answers: Sequence[Answer]) -> None:
+        """Note what coordinates take. The first step's times are high: its workers make what the others find."""
+        if self._timed < _TIMED_STEPS:
+            self._timed += 1
+            for name, seconds in paces(parts, [answer.seconds for answer in answers]).items():
+                self._pace[name] = min(self._pace.get(name, seconds), seconds)
 
     def _alone(self, state: StepState, cut: _Cut, meanwhile: Callable[[], object]) -> Answer | None:
         """The answer of the only worker to the only range; None where there are more, or it was lost or is silent."""
@@ -184,17 +216,17 @@ class DistributedCGE:
     def _tasks(self, state: StepState, cut: _Cut) -> list[Task]:
         """The ranges, in the order in which they are to begin, large ones first."""
         numbers = range(len(cut.ranges))
-        held: Future | StepState = state  # a single range takes θ along
-        if len(numbers) > 1:
+        held: Future | StepState = state
+        if len(state.theta) * len(numbers) > _ALONG:
             held = self.client.submit(_hold, state, key=self._key("theta", state.name), pure=False)
-            copies = copies_for(min(len(self._workers), len(cut.ranges)), state.bytes)
+            copies = copies_for(min(len(self._workers), len(cut.ranges)), len(state.theta))
             if copies > 1:
                 self._spread(held, copies)
         futures = self.client.map(
             evaluate,
             numbers,
+            [held] * len(numbers),
             plugin=self._name,
-            state=held,
             ranges=cut.held,
             key=[self._key("range", state.name, number) for number in numbers],
             pure=False,
@@ -204,7 +236,7 @@ class DistributedCGE:
             parts = [(part, number + place == 0) for place, part in enumerate(divided(cut.ranges[number], pieces))]
             keys = [self._key("again", state.name, number, uuid4().hex) for _ in parts]
             options = {"key": keys, "pure": False, "workers": list(workers)}
-            return self.client.map(evaluate_range, parts, plugin=self._name, state=held, **options)
+            return self.client.map(evaluate_range, parts, [held] * len(parts), plugin=self._name, **options)
 
         return [Task(cost, f, partial(again, n)) for n, cost, f in zip(numbers, cut.costs, futures, strict=True)]
 

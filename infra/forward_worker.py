@@ -1,9 +1,11 @@
 """What a Dask worker holds of a training, and what it answers: see `infra.forward`."""
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -14,27 +16,30 @@ from torch.nn import functional as F
 from deepzero_core.data import BatchSource
 from deepzero_core.estimators.cge import slope
 from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
+from deepzero_core.training import Batch
 from infra.direct import teach, unteach
-from infra.packed import packed
+from infra.packed import packed, unpacked
 from infra.problem import Images, Problem
 from infra.ranges import Range
 
 
 @dataclass(frozen=True)
 class StepState:
-    """θ of one step, with the batch it is evaluated on. Arrays, so that it travels without a copy."""
+    """θ of one step, packed: parameters and buffers as arrays; and the batch it is evaluated on."""
 
     name: str
     """Unique to this θ on this batch: what is held under it is never that of another step."""
     epoch: int
     index: int
-    parameters: dict[str, np.ndarray]
-    buffers: dict[str, np.ndarray]
     random_seed: int
+    theta: bytes
 
-    @property
-    def bytes(self) -> int:
-        return sum(array.nbytes for arrays in (self.parameters, self.buffers) for array in arrays.values())
+    @classmethod
+    def of(
+        cls, batch: Batch, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], random_seed: int
+    ) -> "StepState":
+        theta = packed((arrays_of(parameters), arrays_of(buffers)))
+        return cls(uuid4().hex, batch.epoch, batch.index, random_seed, theta)
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,10 @@ class Unperturbed:
 
 @dataclass(frozen=True)
 class Answer:
-    """ĝ at the coordinates of every chunk of a range; of the first range, what the base pass gives."""
+    """ĝ at the coordinates of every chunk of a range, and its seconds; of the first range, what the base pass gives."""
 
     slopes: list[np.ndarray]
+    seconds: list[float]
     unperturbed: Unperturbed | None = None
 
 
@@ -105,12 +111,14 @@ class ForwardWorker(WorkerPlugin):
         """What a range is asked for. Reschedule: the task `key` has been given up."""
         with self._turn:
             base = self._base_of(state)
-            found = []
+            found, seconds = [], []
             for name, indices in part.chunks:
                 if key in self._given_up:
                     raise Reschedule  # Dask forgets it, or begins again if it has changed its mind
+                began = time.perf_counter()
                 found.append(self._slope(base, name, indices))
-            return Answer(found, Unperturbed.of(base) if first else None)
+                seconds.append(time.perf_counter() - began)
+            return Answer(found, seconds, Unperturbed.of(base) if first else None)
 
     def _slope(self, base: BasePass, name: str, indices: np.ndarray) -> np.ndarray:
         problem, chunk = self._problem, Chunk(name, torch.from_numpy(indices.copy()).to(self._device))
@@ -130,7 +138,7 @@ class ForwardWorker(WorkerPlugin):
             if self._evaluator is None:
                 self._evaluator = prepare(module, inputs, targets, F.cross_entropy)
             torch.manual_seed(state.random_seed)
-            parameters, buffers = tensors_of(state.parameters, self._device), tensors_of(state.buffers, self._device)
+            parameters, buffers = (tensors_of(arrays, self._device) for arrays in unpacked(state.theta))
             self._base = state.name, self._evaluator.base(parameters, buffers, inputs, targets)
         return self._base[1]
 
@@ -149,11 +157,11 @@ def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
 
 
-def evaluate(number: int, plugin: str, state: StepState, ranges: Sequence[Range]) -> bytes:
-    return evaluate_range((ranges[number], number == 0), plugin, state)
+def evaluate(number: int, state: StepState, plugin: str, ranges: Sequence[Range]) -> bytes:
+    return evaluate_range((ranges[number], number == 0), state, plugin)
 
 
-def evaluate_range(part: tuple[Range, bool], plugin: str, state: StepState) -> bytes:
+def evaluate_range(part: tuple[Range, bool], state: StepState, plugin: str) -> bytes:
     """part: a range, and whether it is the first of the step. Its answer, packed."""
     worker = get_worker()
     forward: ForwardWorker | None = worker.plugins.get(plugin)

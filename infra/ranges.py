@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FEWEST = 24
-"""Ranges of a step: enough for eight workers to end together, few enough that sending them costs next to nothing."""
-ALONE_S = 1.0
-"""Seconds of a range where there is one worker."""
+FEW = 4
+"""Ranges for each of few workers, of shrinking size: the last is small enough for all to end together."""
+ENOUGH = 24
+"""Ranges of a step, however long it is, that word of it keeps coming."""
+WORD_S = 1.0
+"""Seconds of a range where fewer would do."""
 PER_WORKER = 3
 """Ranges for each of many workers: the largest is then two thirds of a worker's share."""
 HANDLING_S = 1e-3
@@ -32,16 +34,22 @@ class Range:
 
 
 def grouped(costs: Sequence[float], workers: int) -> list[list[int]]:
-    """Positions of chunks by range, in their order, for so many workers; costs: seconds of each chunk on one core.
+    """Positions of chunks by range, for so many workers; costs: seconds of each chunk on one core.
 
     n ranges take the coordinator n·h, and one of them a worker S/n where there are workers for all: the sum is least
     for n = √(S/h). More are not worth it, however many workers there are, and there each gets one of n equal ranges.
-    One worker has nobody to end together with: it gets a range for every second, so that word of it keeps coming.
+    Few workers get few ranges, but one for every second, so that word of a step keeps coming. The costliest chunks
+    come first: what is left for the end is small. One worker has nobody to end together with.
     """
+    word = min(ENOUGH, round(sum(costs) / WORD_S))
     if workers <= 1:
-        return even(costs, max(1, min(FEWEST, round(sum(costs) / ALONE_S))))
-    wanted = max(FEWEST, min(PER_WORKER * workers, int((sum(costs) / HANDLING_S) ** 0.5)))
-    return tapered(costs, wanted) if wanted > workers else even(costs, wanted)
+        return even(costs, max(1, word))
+    fewest = max(word, min(ENOUGH, FEW * workers))
+    wanted = max(fewest, min(PER_WORKER * workers, int((sum(costs) / HANDLING_S) ** 0.5)))
+    order = sorted(range(len(costs)), key=lambda position: -costs[position])
+    ordered = [costs[position] for position in order]
+    runs = tapered(ordered, wanted) if wanted > workers else even(ordered, wanted)
+    return [[order[place] for place in run] for run in runs]
 
 
 def even(costs: Sequence[float], groups: int) -> list[list[int]]:
@@ -69,6 +77,15 @@ def _split(costs: Sequence[float], shares: Sequence[float]) -> list[list[int]]:
             runs.append(current)
             current = []
     return [*runs, current] if current else runs
+
+
+def paces(ranges: Sequence[Range], seconds: Sequence[Sequence[float]]) -> dict[str, float]:
+    """By parameter, seconds of a coordinate; of several chunks the fastest: their worker may be a slow one."""
+    found: dict[str, float] = {}
+    for part, times in zip(ranges, seconds, strict=True):
+        for (name, indices), spent in zip(part.chunks, times, strict=True):
+            found[name] = min(found.get(name, float("inf")), spent / len(indices))
+    return found
 
 
 def copies_for(workers: int, theta: int) -> int:

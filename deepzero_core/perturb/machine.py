@@ -30,7 +30,7 @@ class Machine:
     start: float = 0.0
 
 
-NOMINAL = Machine(1, 80e9, 15e9)
+NOMINAL = Machine(1, 80e9, 15e9, 1e-4)
 """One core of an ordinary server: for plans that must be the same on every machine."""
 
 

@@ -27,7 +27,7 @@ from infra import cluster, forward
 from infra.cluster import connect
 from infra.forward import DistributedCGE
 from infra.problem import Problem
-from infra.ranges import FEWEST, tapered
+from infra.ranges import ENOUGH, tapered
 
 MEMORY = 1 << 20
 
@@ -123,6 +123,14 @@ def test_any_number_of_workers_trains_to_the_same_bits(small: Problem, workers: 
         assert torch.equal(value, spread.state_dict()[name]), name
 
 
+@pytest.fixture(params=["goes along", "is fetched"])
+def theta(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How θ comes to the workers: a small one with every range, a large one as a task's result."""
+    if request.param == "is fetched":
+        monkeypatch.setattr(forward, "_ALONG", 0)
+
+
+@pytest.mark.usefixtures("theta")
 @pytest.mark.parametrize("difference", ["forward", "central"])
 def test_two_workers_estimate_what_this_process_does(store: Path, two: Client, difference: str) -> None:
     spread = problem(store, difference=difference)
@@ -144,6 +152,22 @@ def test_the_same_batch_at_other_parameters_is_not_answered_from_memory(small: P
         second = source.estimate(module, batch, None)
     assert_same(second, here(small, module, batch, None))
     assert not torch.equal(first.gradients["linear.bias"], second.gradients["linear.bias"])
+
+
+def test_ranges_follow_what_the_first_steps_took(small: Problem, two: Client) -> None:
+    module, batches = small.build_module().train(), small.build_batches()
+    with DistributedCGE(two, small) as source:
+        cuts = []
+        for number in range(4):
+            batch = batch_of(batches, number)
+            assert_same(source.estimate(module, batch, None), here(small, module, batch, None))
+            cuts.append(source._cut)
+        first, _, third, fourth = cuts
+        assert first is not None and third is not None and third is fourth, "two steps were timed, and no more"
+        assert set(source._pace) == set(dict(module.named_parameters()))
+        assert third.costs != first.costs and sum(third.costs) == pytest.approx(
+            sum(len(indices) * source._pace[name] for name, indices in third.parts)
+        )
 
 
 def test_without_a_coordinate_there_is_still_the_base_pass(small: Problem, two: Client) -> None:
@@ -226,6 +250,7 @@ def test_a_worker_killed_in_the_middle_of_a_step_changes_no_bit(
     )
 
 
+@pytest.mark.usefixtures("theta")
 def test_all_workers_killed_at_once_change_no_bit(slow: Problem, caplog: pytest.LogCaptureFixture) -> None:
     module, batch = slow.build_module().train(), batch_of(slow.build_batches(), 0)
 
@@ -261,7 +286,7 @@ def test_workers_that_fall_silent_end_the_step_with_a_count(slow: Problem) -> No
         str(failure.value),
     )
     assert found, str(failure.value)
-    assert 1 <= int(found[1]) < int(found[2]) <= FEWEST + 1  # and the base pass
+    assert 1 <= int(found[1]) < int(found[2]) <= ENOUGH + 1  # and the base pass
 
 
 def test_a_network_that_kills_its_workers_is_a_failure_of_the_work(

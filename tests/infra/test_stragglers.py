@@ -6,12 +6,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 from distributed import Client, Future
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from deepzero_core import GradientEstimate
@@ -21,7 +25,7 @@ from infra import forward, ranges
 from infra.cluster import connect
 from infra.forward import DistributedCGE
 from infra.problem import Problem
-from infra.ranges import FEWEST, Range, divided, grouped
+from infra.ranges import ENOUGH, FEW, Range, divided, grouped, paces
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -108,6 +112,7 @@ def test_theta_is_with_some_workers_before_the_others_fetch_it(
     assert [ranges.copies_for(workers, mib) for workers in (1, 32, 33, 100, 1024)] == [1, 1, 6, 10, 32]
     assert ranges.copies_for(1024, 1 << 14) == 1
     monkeypatch.setattr(forward, "copies_for", lambda workers, theta: workers)
+    monkeypatch.setattr(forward, "_ALONG", 0)
     seen: list[int] = []
     real = three._spread
 
@@ -196,8 +201,9 @@ def test_many_workers_get_many_ranges_and_a_short_step_few() -> None:
     def number(workers: int, seconds: float) -> int:
         return len(grouped([seconds / 5000] * 5000, workers))
 
-    assert [number(workers, 1000.0) for workers in (1, 8, 9, 100, 1024)] == [FEWEST, FEWEST, 27, 295, 1000]
-    assert [number(1024, seconds) for seconds in (1000.0, 4.0, 0.001)] == [1000, 63, FEWEST]
+    assert [number(workers, 1000.0) for workers in (1, 8, 9, 100, 1024)] == [ENOUGH, ENOUGH, 27, 295, 1000]
+    assert [number(1024, seconds) for seconds in (1000.0, 4.0, 0.001)] == [1000, 63, ENOUGH]
+    assert [number(2, seconds) for seconds in (0.001, 2.0, 11.0, 1000.0)] == [2 * FEW, 2 * FEW, 11, ENOUGH]
     assert grouped([], 3) == []
 
 
@@ -208,10 +214,21 @@ def test_where_there_is_a_worker_for_every_range_they_are_equal() -> None:
     assert len(some[0]) > 2 * len(some[-1]), "and where there is not, the last are small"
 
 
+@given(st.lists(st.floats(0.001, 10), min_size=1, max_size=60), st.integers(2, 9))
+def test_the_costliest_chunks_come_first_and_each_once(costs: list[float], workers: int) -> None:
+    order = [position for group in grouped(costs, workers) for position in group]
+    assert sorted(order) == list(range(len(costs)))
+    assert all(costs[one] >= costs[other] for one, other in pairwise(order))
+
+
+def test_a_parameter_has_the_pace_of_its_fastest_chunk() -> None:
+    first = Range((("a", np.arange(4)), ("b", np.arange(2))))
+    second = Range((("a", np.arange(4, 6)),))
+    assert paces([first, second], [[8.0, 1.0], [1.0]]) == {"a": 0.5, "b": 0.5}
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 3, 5, 9])
 def test_a_range_is_divided_into_its_chunks_in_order(pieces: int) -> None:
-    import numpy as np
-
     whole = Range(tuple((f"p{number}", np.arange(number + 1)) for number in range(5)))
     parts = divided(whole, pieces)
     assert len(parts) == min(pieces, 5)
