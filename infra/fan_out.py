@@ -21,6 +21,7 @@ from distributed import CancelledError, Client, Future, KilledWorker, Worker, Wo
 
 from deepzero_core.callables import reason, resolve
 from deepzero_core.errors import WorkError
+from infra.dask_memory import forget_names
 from infra.waiting import finished, log_workers
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class FanOutWorker(WorkerPlugin):
 
 def _answer(plugin: str, question: Any) -> Any:
     worker: FanOutWorker | None = get_worker().plugins.get(plugin)
+    forget_names()
     return None if worker is None else worker.answer(question)  # the run was stopped: nobody reads this
 
 

@@ -17,6 +17,7 @@ from deepzero_core.data import BatchSource
 from deepzero_core.estimators.cge import slope
 from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
 from deepzero_core.training import Batch
+from infra.dask_memory import forget_names
 from infra.direct import teach, unteach
 from infra.packed import packed, unpacked
 from infra.problem import Images, Problem
@@ -130,6 +131,7 @@ class ForwardWorker(WorkerPlugin):
         """The base pass of a step, kept until the next: every range of the step reads it."""
         if self._base is None or self._base[0] != state.name:
             self._given_up.clear()
+            forget_names()
             if self._built is None:
                 module = self._problem.build_module().train().to(self._device)
                 self._built = module, self._problem.build_batches(self._images)
