@@ -1,7 +1,7 @@
 """The compiled kernels against the plain formulas of torch in float64, operator by operator.
 
 Errors are relative to the largest value of the result: direct products and sums to 2e-6, Winograd to 1e-5, bfloat16 to
-4e-2 and in finer tiles to 2e-2, of products of up to 68 channels.
+4e-2, of products of up to 68 channels.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,9 @@ from deepzero_core.perturb.regions.layout import lay_out
 
 pytestmark = pytest.mark.skipif(build().library is None, reason=build().reason or "no kernels")
 
-TOLERANCE = {"direct": 2e-6, "winograd": 1e-5, "bfloat16": 4e-2, "fine": 2e-2}
+TOLERANCE = {"direct": 2e-6, "winograd": 1e-5, "bfloat16": 4e-2}
 KINDS = {
     "direct": program.CONVOLVE, "winograd": program.WINOGRAD, "bfloat16": program.WINOGRAD_BFLOAT16,
-    "fine": program.WINOGRAD_FINE,
 }  # fmt: skip
 COUNT = 3
 
@@ -143,11 +142,11 @@ def test_convolution_of_one_channel_each(shape: Shape) -> None:
     assert error(found, exact) < TOLERANCE["direct"]
 
 
-WINOGRAD = ["winograd", "bfloat16", "fine"]
+WINOGRAD = ["winograd", "bfloat16"]
 
 
 def skip_without(mode: str) -> None:
-    if mode in ("bfloat16", "fine") and not program.has_bfloat16():
+    if mode == "bfloat16" and not program.has_bfloat16():
         pytest.skip("no bfloat16 instructions")
 
 

@@ -13,7 +13,7 @@
 #include "winograd.h"
 
 enum Kind : Index {
-  WEIGHT, AFFINE, CONVOLVE, WINOGRAD, WINOGRAD_BFLOAT16, WINOGRAD_FINE, MOMENTS, CHAIN, MEAN, PLACE, ACTIVATE, AVERAGE
+  WEIGHT, AFFINE, CONVOLVE, WINOGRAD, WINOGRAD_BFLOAT16, MOMENTS, CHAIN, MEAN, PLACE, ACTIVATE, AVERAGE
 };
 enum Storage : Index { LOCAL, SHARED, EXTERNAL };
 
@@ -165,12 +165,10 @@ static void perform(const Slice& s, const Step& step) {
                           target->length, s.at(*target));
     }
     case CONVOLVE: return convolve(s, step);
-    case WINOGRAD: return winograd<Wide, Float32>(step.shape, s.at(*source), step.weight, s.at(*target), s.scratch);
+    case WINOGRAD: return winograd<Float32>(step.shape, s.at(*source), step.weight, s.at(*target), s.scratch);
 #if defined(__AVX512BF16__)
     case WINOGRAD_BFLOAT16:
-      return winograd<Wide, BFloat16>(step.shape, s.at(*source), step.weight, s.at(*target), s.scratch);
-    case WINOGRAD_FINE:
-      return winograd<Fine, BFloat16>(step.shape, s.at(*source), step.weight, s.at(*target), s.scratch);
+      return winograd<BFloat16>(step.shape, s.at(*source), step.weight, s.at(*target), s.scratch);
 #endif
     case MOMENTS: {
       const Norm& norm = p.norms[step.norm];

@@ -22,12 +22,10 @@ from torch.nn import functional as F
 
 from deepzero_core.perturb.native.build import library
 
-(
-    WEIGHT, AFFINE, CONVOLVE, WINOGRAD, WINOGRAD_BFLOAT16, WINOGRAD_FINE, MOMENTS, CHAIN, MEAN, PLACE, ACTIVATE, AVERAGE
-) = range(12)  # fmt: skip
+WEIGHT, AFFINE, CONVOLVE, WINOGRAD, WINOGRAD_BFLOAT16, MOMENTS, CHAIN, MEAN, PLACE, ACTIVATE, AVERAGE = range(11)
 SIGMOID, TANH, SILU, GELU, GELU_TANH, ELU, CLAMP, HARD_SIGMOID, HARD_SWISH = range(9)
-TILED = (WINOGRAD, WINOGRAD_BFLOAT16, WINOGRAD_FINE)
-"""Winograd's F(4×4, 3×3), the same in bfloat16, and F(3×3, 3×3) in bfloat16, whose rounding is half as large."""
+TILED = (WINOGRAD, WINOGRAD_BFLOAT16)
+"""Winograd's F(4×4, 3×3), and the same in bfloat16."""
 LOCAL, SHARED, EXTERNAL = range(3)
 NONE = -1
 
@@ -205,12 +203,12 @@ def pack(weight: Tensor, groups: int = 1) -> Tensor:
 
 
 def pack_winograd(weight: Tensor, kind: int) -> Tensor:
-    """U = G W Gᵀ of W [O, C, 3, 3] as [points, C, O]; for bfloat16 as [points, C/2, O] pairs of channels.
+    """U = G W Gᵀ of W [O, C, 3, 3] as [36, C, O]; for bfloat16 as [36, C/2, O] pairs of channels.
 
     Row p of G is (1, p, p²)/Π(p − p') over the other points p', and (0, 0, 1) at infinity.
     """
-    a, b = (3 / 8, 5 / 4) if kind == WINOGRAD_FINE else (3 / 4, 3 / 2)
-    points = [a, -a, b, -b] if kind == WINOGRAD_FINE else [0, a, -a, b, -b]
+    a, b = 3 / 4, 3 / 2
+    points = [0, a, -a, b, -b]
     scales = [1 / prod(p - other for other in points if other != p) for p in points]
     rows = [[scale * p**k for k in range(3)] for p, scale in zip(points, scales, strict=True)]
     transform = torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)

@@ -185,7 +185,7 @@ _CHAIN = 6
 
 
 def _rounded(entry: Entry, changed: Sequence[Node]) -> int:
-    """How convolutions round to bfloat16: by how many of them a change has to pass on its shortest way to the loss.
+    """Whether convolutions round to bfloat16: by how many of them a change has to pass on its shortest way to the loss.
 
     Past a residual block it goes on unrounded.
     """
@@ -194,7 +194,7 @@ def _rounded(entry: Entry, changed: Sequence[Node]) -> int:
         before = [passed[operand] for operand in node.all_input_nodes if operand in passed]
         if before:
             passed[node] = min(before) + (node.target is aten.convolution.default)
-    return program.WINOGRAD_FINE if passed[changed[-1]] > _CHAIN else program.WINOGRAD_BFLOAT16
+    return program.WINOGRAD if passed[changed[-1]] > _CHAIN else program.WINOGRAD_BFLOAT16
 
 
 def _lowered(draft: Draft, entry: Entry, changed: Sequence[Node]) -> list[Node]:
