@@ -133,16 +133,19 @@ def check_kernels() -> list[Check]:
         "warnings.simplefilter('ignore')\n"
         "from deepzero_core.perturb.machine import measured\n"
         "from deepzero_core.perturb.native.build import build\n"
+        "from deepzero_core.perturb.native.gain import bfloat16_pays\n"
         "from deepzero_core.perturb.native.program import has_bfloat16\n"
         "built, machine = build(), measured()\n"
         "print(json.dumps({'used': built.library is not None, 'broken': built.broken, 'reason': built.reason,\n"
-        "    'bfloat16': has_bfloat16(), 'threads': machine.threads, 'flops': machine.flops,\n"
+        "    'bfloat16': has_bfloat16(), 'pays': bfloat16_pays(), 'threads': machine.threads, 'flops': machine.flops,\n"
         "    'bandwidth': machine.bandwidth}))"
     )
     if not result.ok:
         return [Check("kernels", "fail", f"cannot be looked at: {result.text}", INSTALL)]
     facts = json.loads(result.full.splitlines()[-1])
     bfloat16 = "bfloat16 instructions" if facts["bfloat16"] else "no bfloat16 instructions"
+    if facts["bfloat16"] and not facts["pays"]:
+        bfloat16 += ", which are no faster and not used"
     found = f"{facts['reason']}, {bfloat16}" if facts["used"] else f"not in use, torch does it: {facts['reason']}"
     mend = "name a C++ compiler with OpenMP, such as g++, in CXX" if facts["broken"] else ""
     kernels = Check("kernels", "warn" if facts["broken"] else "ok", one_line(found), mend)

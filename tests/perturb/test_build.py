@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deepzero_core import cge, reference
-from deepzero_core.perturb.native import program
+from deepzero_core.perturb.native import gain, program
 from deepzero_core.perturb.native.build import SWITCH, build, library
 
 COMPILER = build().library is not None
@@ -108,3 +108,29 @@ def test_processes_share_what_one_of_them_compiled(tmp_path: Path) -> None:
     third = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=True)
     assert "compiled with" in third.stdout
     assert [path.stat().st_mtime_ns for path in compiled(tmp_path)] == [before]
+
+
+@pytest.mark.skipif(not program.has_bfloat16(), reason="this machine has no kernels in bfloat16")
+def test_what_bfloat16_gains_is_measured_once(cache: Path) -> None:
+    gain.bfloat16_pays.cache_clear()
+    try:
+        found = gain.gain()
+        (kept,) = cache.glob("*.bfloat16")
+        assert 0.1 < found < 10 and float(kept.read_text()) == found
+        for written, pays in (("1.2\n", True), ("0.8\n", False)):
+            kept.write_text(written)
+            gain.bfloat16_pays.cache_clear()
+            assert gain.bfloat16_pays() is pays
+        gain._keep(3.0, kept)
+        assert gain.gain() == 0.8, "who came first is believed"
+    finally:
+        gain.bfloat16_pays.cache_clear()
+
+
+def test_without_kernels_bfloat16_gains_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "0")
+    gain.bfloat16_pays.cache_clear()
+    try:
+        assert not gain.bfloat16_pays()
+    finally:
+        gain.bfloat16_pays.cache_clear()

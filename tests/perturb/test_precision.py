@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from deepzero_core import cge, first_order, reference
 from deepzero_core.errors import RequestError
 from deepzero_core.perturb.estimate import PRECISIONS
-from deepzero_core.perturb.native import program
+from deepzero_core.perturb.native import gain, program
 from deepzero_core.perturb.regions import region
 
 AGAINST_FLOAT64 = {"value": 2e-3, "float32": 1e-4, "bfloat16": 1e-2}
@@ -55,6 +55,12 @@ def at_coordinates(gradients: dict[str, Tensor]) -> Tensor:
 def in_float64() -> tuple[nn.Module, Tensor, Tensor]:
     module, inputs, targets = network()
     return copy.deepcopy(module).double(), inputs.double(), targets
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels round wherever they can, whether or not it is faster here."""
+    monkeypatch.setattr(gain, "bfloat16_pays", program.has_bfloat16)
 
 
 @cache

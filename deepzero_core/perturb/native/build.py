@@ -58,6 +58,7 @@ def build() -> Build:
         return Build(None, "no C++ compiler was found")
     try:
         kernels = ctypes.CDLL(str(_built(compiler)))
+        kernels.deepzero_winograd_seconds.restype = ctypes.c_double
         _keep_freed_memory()
         return Build(kernels, f"compiled with {compiler[0]}")
     except subprocess.CalledProcessError as error:

@@ -164,7 +164,7 @@ def lanes() -> int:
 
 
 def has_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16 faster than float32."""
+    """Whether this machine has instructions for products in bfloat16."""
     kernels = library()
     return kernels is not None and bool(kernels.has_bfloat16())
 

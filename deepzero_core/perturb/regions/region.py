@@ -16,7 +16,7 @@ from torch.fx import Node
 from deepzero_core.perturb.base_values import BaseValues
 from deepzero_core.perturb.changes import AnyChange, Block, Change, OneHot, dense
 from deepzero_core.perturb.cost import Cost
-from deepzero_core.perturb.native import program
+from deepzero_core.perturb.native import gain, program
 from deepzero_core.perturb.native.program import NONE, Program
 from deepzero_core.perturb.regions.draft import Draft, Formula, UnsupportedError, arguments, space_of, window
 from deepzero_core.perturb.regions.layout import lay_out
@@ -158,7 +158,7 @@ def plan(
     inputs = values.like(arguments(entry.node)[0])
     if not program.suits(inputs):
         return None
-    winograd = _rounded(entry, changed) if bfloat16 and program.has_bfloat16() else program.WINOGRAD
+    winograd = _rounded(entry, changed) if bfloat16 and gain.bfloat16_pays() else program.WINOGRAD
     draft = Draft(values, read, packed, winograd, len(inputs))
     external: dict[int, int] = {}
     try:
