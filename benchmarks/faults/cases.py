@@ -40,27 +40,26 @@ ALONE = ("--set", "cluster.workers=0")
 
 @dataclass(frozen=True)
 class Case:
-    """One row. about: what is done; expected: what the user sees; quick: short enough for every run of the tests."""
+    """One row. about: what is done; expected: what the user sees."""
 
     name: str
     about: str
     expected: str
     inject: Callable[[Bench, random.Random], Outcome]
-    quick: bool
 
 
 CASES: dict[str, Case] = {}
 
 
 def case(
-    name: str, about: str, expected: str, *, quick: bool = False
+    name: str, about: str, expected: str
 ) -> Callable[[Callable[[Bench, random.Random], Outcome]], Callable[[Bench, random.Random], Outcome]]:
     """Register a case."""
 
     def register(inject: Callable[[Bench, random.Random], Outcome]) -> Callable[[Bench, random.Random], Outcome]:
         if name in CASES:
             raise ValueError(f"there are two cases {name!r}")
-        CASES[name] = Case(name, about, expected, inject, quick)
+        CASES[name] = Case(name, about, expected, inject)
         return inject
 
     return register
@@ -184,7 +183,6 @@ def mlflow(bench: Bench, draw: random.Random) -> Outcome:
     "mlflow-away",
     "SIGKILL of the MLflow server, which stays away until after the end of the run",
     "two warnings; `deepzero deliver` makes up for it",
-    quick=True,
 )
 def mlflow_away(bench: Bench, draw: random.Random) -> Outcome:
     server, address = mlflow_server(bench.place("mlflow"))

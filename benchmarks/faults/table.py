@@ -25,9 +25,9 @@ class Row:
     lost: list[str] = field(default_factory=list)
 
 
-def once(bench: Bench, case: Case, draw: random.Random, *, beside: bool = True) -> list[str]:
-    """Do it once; what was lost. beside: held against the run that was left alone, else against its own history."""
-    reference = bench.left_alone() if beside else None
+def once(bench: Bench, case: Case, draw: random.Random) -> list[str]:
+    """Do it once; what was lost, beside the run that was left alone."""
+    reference = bench.left_alone()
     try:
         home, said = case.inject(bench, draw)
         return losses(home, reference) + said_badly(*said)

@@ -35,13 +35,13 @@ class Reference:
         return cls(record["weights_digest"], record["queries"], losses)
 
 
-def losses(home: Home, reference: Reference | None) -> list[str]:
+def losses(home: Home, reference: Reference) -> list[str]:
     """What the run in `home` has lost, doubled or changed: nothing, if all is well.
 
-    reference: the run that was left alone; None: what MLflow has is held against the run's own history.
+    reference: the run that was left alone.
     """
     found = []
-    record, reference = home.record(), reference or Reference.of(home)
+    record = home.record()
     if record["weights_digest"] != reference.weights:
         found.append("the weights are not the same bits")
     if record["queries"] != reference.queries:

@@ -14,12 +14,11 @@ from benchmarks.faults.table import Row, markdown, once
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=() if case.quick else pytest.mark.slow) for case in CASES.values()]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_nothing_is_lost(faults_bench: Bench, case: Case) -> None:
     try:
-        assert once(faults_bench, case, random.Random(0), beside=not case.quick) == []
+        assert once(faults_bench, case, random.Random(0)) == []
     except Skipped as reason:
         pytest.skip(str(reason))
 

@@ -55,12 +55,16 @@ def outcome(home: Any) -> tuple[str, bytes]:
     return home.record("defend")["weights_digest"], (home.stage("certify") / "certificates.parquet").read_bytes()
 
 
-def test_it_dies_in_mid_run_and_comes_back(
-    new_home: Callable[[str], Any], run: list[str], serving: Serving, end: Any
-) -> None:
+@pytest.fixture
+def expected(new_home: Callable[[str], Any], run: list[str]) -> tuple[str, bytes]:
     alone = new_home("alone")
     alone.done(*run)
-    # Gone for longer than anybody waits: the run stops with a checkpoint, says so, and goes on when started again.
+    return outcome(alone)
+
+
+def test_gone_for_long_it_stops_with_a_checkpoint_and_goes_on_when_started_again(
+    new_home: Callable[[str], Any], run: list[str], serving: Serving, end: Any, expected: tuple[str, bytes]
+) -> None:
     stopped = new_home("stopped")
     first = stopped.start(*run)
     stopped.wait_for_step(first, 2, "defend")
@@ -72,8 +76,13 @@ def test_it_dies_in_mid_run_and_comes_back(
     assert "Traceback" not in completed.stderr
     serving.start()
     stopped.done(*run)
-    assert outcome(stopped) == outcome(alone)
-    # Gone for a moment: the run waits, and nobody has to do anything.
+    assert outcome(stopped) == expected
+
+
+@pytest.mark.slow
+def test_gone_for_a_moment_it_is_waited_for(
+    new_home: Callable[[str], Any], run: list[str], serving: Serving, end: Any, expected: tuple[str, bytes]
+) -> None:
     waited = new_home("waited")
     patient = [*run, "--set", f"victim.settings={json.dumps({'url': serving.url, 'patience': 120})}"]
     second = waited.start(*patient)
@@ -82,4 +91,4 @@ def test_it_dies_in_mid_run_and_comes_back(
     time.sleep(1)
     serving.start()
     assert end(second).returncode == 0
-    assert outcome(waited) == outcome(alone)
+    assert outcome(waited) == expected

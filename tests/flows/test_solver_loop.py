@@ -227,6 +227,7 @@ def test_a_program_that_crashes_once_trains_a_corrector(own_program: tuple[Any, 
     assert found["src"]["spectrum_error"] is None
 
 
+@pytest.mark.slow
 def test_on_two_workers_a_program_makes_the_same_bits(
     own_program: tuple[Any, Path, Path], new_home: Callable[[str], Any]
 ) -> None:

@@ -263,7 +263,7 @@ fields = st.sampled_from(["values", "points", "name", "folder", "status", "time"
 kinds = st.sampled_from([*delivery._SENDERS, "metrics", "nonsense", ""])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(written=st.lists(st.tuples(kinds, st.dictionaries(fields, plain, max_size=4)), min_size=1, max_size=3))
 def test_entries_of_any_content_are_told_or_put_aside(
     experiment: str, store: Path, caplog: pytest.LogCaptureFixture, written: list[tuple[str, dict[str, Any]]]
