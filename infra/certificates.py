@@ -6,15 +6,14 @@ certificates.parquet    all rows in order, when they are complete; then the part
 Equal certifications leave equal tables, byte for byte, however often they were interrupted and wherever they ran.
 """
 
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deepzero_core.durable import replacing
 from deepzero_core.smoothing import Certificate
 
 TABLE = "certificates.parquet"
@@ -82,12 +81,5 @@ def _write(path: Path, certificates: Mapping[int, Certificate], labels: Sequence
         }
         for number, one in sorted(certificates.items())
     ]
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file, write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with replacing(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file, write_page_checksum=True)

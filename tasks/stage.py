@@ -11,14 +11,12 @@ import hashlib
 import io
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 import filelock
 from prefect import task
@@ -29,6 +27,7 @@ import deepzero_core
 import infra
 import simulators
 import tasks
+from deepzero_core.durable import replacing
 from deepzero_core.errors import WorkError
 from infra.home import home
 from tasks.progress import concluded, skipped
@@ -154,8 +153,8 @@ def code_digest() -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """The file appears under its name with all of its content, or not at all."""
-    with _beside(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with _replacing(path) as file:
+        file.write(text.encode())
 
 
 def save_tensors(path: Path, values: Mapping[str, Any]) -> None:
@@ -164,27 +163,18 @@ def save_tensors(path: Path, values: Mapping[str, Any]) -> None:
 
     buffer = io.BytesIO()  # of a full disk torch itself would say something else
     torch.save(dict(values), buffer)
-    with _beside(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    with _replacing(path) as file:
+        file.write(buffer.getvalue())
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder that takes the place of `path` when the block succeeds."""
-    temporary: Path | None = None
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """As `replacing`, with a sentence where the disk does not take it."""
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as file:
+            yield file
     except OSError as error:
         raise WorkError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _completed(folder: Path, kind: type[R]) -> tuple[Completion, R] | None:

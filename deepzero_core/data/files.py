@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from deepzero_core.durable import sync_folder
 from deepzero_core.errors import RequestError, WorkError
 
 # A staging folder untouched for this long belongs to a process that was killed.
@@ -100,7 +101,7 @@ def install(staging: Path, target: Path, *, keep: Callable[[], bool], known: set
             continue
         finally:
             shutil.rmtree(retired, ignore_errors=True)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         return True
     raise WorkError(f"data store {target} kept being replaced by other processes; run one of them at a time")
 
@@ -124,13 +125,3 @@ def _sweep(parent: Path, prefix: str) -> None:
             with contextlib.suppress(OSError):
                 if time.time() - entry.stat().st_mtime > _ABANDONED_AFTER_S:
                     shutil.rmtree(entry, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where the operating system lets folders be synchronised."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -7,10 +7,8 @@ tensors and plain values.
 
 import hashlib
 import io
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import torch
 
+from deepzero_core.durable import PART, replacing
 from deepzero_core.errors import RequestError, WorkError
 
 _MAGIC = b"deepzero-checkpoint 1 "
@@ -45,25 +44,13 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    payload = buffer.getvalue()
     try:
-        _write(path, buffer.getvalue())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
     except OSError as error:
         raise WorkError(f"checkpoint {path} cannot be written: {error.strerror}; earlier ones are intact") from error
-
-
-def _write(path: Path, payload: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -104,7 +91,7 @@ def save_step(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) 
     save(path, state)
     for old in _steps(folder)[keep:]:
         old.unlink(missing_ok=True)
-    for abandoned in folder.glob("*.part"):
+    for abandoned in folder.glob(f"*{PART}"):
         abandoned.unlink(missing_ok=True)
     return path
 
@@ -133,13 +120,3 @@ def _steps(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system lets a folder be opened."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
