@@ -4,11 +4,12 @@ Processors with the instructions differ: where pairs of bfloat16 are multiplied 
 products; where that rate is lower, packing the pairs costs more than is saved.
 """
 
-import os
-import tempfile
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock
+
+from deepzero_core.durable import replacing
 from deepzero_core.perturb.native.build import library
 from deepzero_core.perturb.native.program import has_bfloat16
 
@@ -26,8 +27,10 @@ def gain() -> float:
     kernels = library()
     assert kernels is not None
     kept = Path(kernels._name).with_suffix(".bfloat16")
-    if not kept.exists():
-        _keep(_measured(), kept)
+    with FileLock(kept.with_suffix(".lock")):
+        if not kept.exists():
+            with replacing(kept) as file:
+                file.write(f"{_measured():.3f}\n".encode())
     return float(kept.read_text(encoding="ascii"))
 
 
@@ -37,14 +40,3 @@ def _measured() -> float:
     turns = [[kernels.deepzero_winograd_seconds(bfloat16) for bfloat16 in (0, 1)] for _ in range(_REPEATS)]
     float32, bfloat16 = (min(times) for times in zip(*turns, strict=True))
     return float(float32 / bfloat16)
-
-
-def _keep(found: float, path: Path) -> None:
-    """Whole or not at all, and never over what another process has found in the meantime."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="ascii") as file:
-        file.write(f"{found:.3f}\n")
-        file.flush()
-        try:
-            os.link(file.name, path)
-        except FileExistsError:
-            return
