@@ -1,5 +1,6 @@
 """A run whose output nobody reads any more."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,11 @@ def ended(tmp_path: Path, patience: str, last: str) -> tuple[int, bool]:
     mark = tmp_path / "mark"
     program = PROGRAM.format(patience=patience, last=last)
     command = [sys.executable, "-c", program, str(mark)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # Another test of this process may have made Prefect's console quiet: nothing would be written then.
+    loud = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=loud
+    )
     assert process.stdin is not None and process.stdout is not None
     process.stdout.close()
     process.stdin.write(b"\n")
