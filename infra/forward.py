@@ -43,7 +43,7 @@ from deepzero_core.training.sources import Coordinates
 from infra.cluster import shares_disk
 from infra.direct import ask
 from infra.forward_worker import Answer, ForwardWorker, StepState, evaluate, evaluate_range, tensors_of
-from infra.packed import unpacked
+from infra.packed import packed, unpacked
 from infra.problem import Images, Problem
 from infra.ranges import Range, copies_for, divided, grouped, joined, paces
 from infra.shipping import Shipment
@@ -76,7 +76,7 @@ def _nominal(evaluator: Evaluator, base: BasePass, name: str, coordinates: int) 
 
 @dataclass(frozen=True)
 class _Cut:
-    """The chunks of a mask and what they cost by the model; their ranges, and what the workers hold of them.
+    """The chunks of a mask and what they cost by the model; their ranges, and these as they are sent.
 
     workers, timed: for so many, after so many steps whose chunks were timed.
     """
@@ -87,8 +87,8 @@ class _Cut:
     workers: int
     timed: int
     ranges: list[Range]
+    packed: list[bytes]
     costs: list[float]
-    held: Future
     work: Cost
 
 
@@ -179,9 +179,9 @@ class DistributedCGE:
         ]
         groups = grouped(costs, workers) or [[]]  # without a coordinate there is still the base pass
         ranges = [Range(tuple(parts[i] for i in group)) for group in groups]
-        held = self.client.submit(_hold, ranges, key=self._key("coordinates", uuid4().hex), pure=False)
+        sent = [packed((part, number == 0)) for number, part in enumerate(ranges)]
         shares = [sum(costs[i] for i in group) for group in groups]
-        self._cut = _Cut(coordinates, parts, nominal, workers, timed, ranges, shares, held, done)
+        self._cut = _Cut(coordinates, parts, nominal, workers, timed, ranges, sent, shares, done)
         return self._cut
 
     def _time(self, parts: Sequence[Range], answers: Sequence[Answer]) -> None:
@@ -224,10 +224,9 @@ class DistributedCGE:
                 self._spread(held, copies)
         futures = self.client.map(
             evaluate,
-            numbers,
+            cut.packed,
             [held] * len(numbers),
             plugin=self._name,
-            ranges=cut.held,
             key=[self._key("range", state.name, number) for number in numbers],
             pure=False,
         )

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -159,8 +159,9 @@ def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
 
 
-def evaluate(number: int, state: StepState, plugin: str, ranges: Sequence[Range]) -> bytes:
-    return evaluate_range((ranges[number], number == 0), state, plugin)
+def evaluate(part: bytes, state: StepState, plugin: str) -> bytes:
+    """As `evaluate_range`, of a packed part."""
+    return evaluate_range(unpacked(part), state, plugin)
 
 
 def evaluate_range(part: tuple[Range, bool], state: StepState, plugin: str) -> bytes:
