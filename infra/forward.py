@@ -42,7 +42,7 @@ from deepzero_core.training import Batch
 from deepzero_core.training.sources import Coordinates
 from infra.cluster import shares_disk
 from infra.direct import ask
-from infra.forward_worker import Answer, ForwardWorker, StepState, evaluate, evaluate_range, tensors_of
+from infra.forward_worker import Answer, ForwardWorker, StepState, evaluate, tensors_of
 from infra.packed import packed, unpacked
 from infra.problem import Images, Problem
 from infra.ranges import Range, copies_for, divided, grouped, joined, paces
@@ -232,10 +232,11 @@ class DistributedCGE:
         )
 
         def again(number: int, pieces: int, workers: Sequence[str]) -> list[Future]:
-            parts = [(part, number + place == 0) for place, part in enumerate(divided(cut.ranges[number], pieces))]
+            found = divided(cut.ranges[number], pieces)
+            parts = [packed((part, number + place == 0)) for place, part in enumerate(found)]
             keys = [self._key("again", state.name, number, uuid4().hex) for _ in parts]
             options = {"key": keys, "pure": False, "workers": list(workers)}
-            return self.client.map(evaluate_range, parts, [held] * len(parts), plugin=self._name, **options)
+            return self.client.map(evaluate, parts, [held] * len(parts), plugin=self._name, **options)
 
         return [Task(cost, f, partial(again, n)) for n, cost, f in zip(numbers, cut.costs, futures, strict=True)]
 

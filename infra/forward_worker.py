@@ -160,14 +160,9 @@ def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def evaluate(part: bytes, state: StepState, plugin: str) -> bytes:
-    """As `evaluate_range`, of a packed part."""
-    return evaluate_range(unpacked(part), state, plugin)
-
-
-def evaluate_range(part: tuple[Range, bool], state: StepState, plugin: str) -> bytes:
-    """part: a range, and whether it is the first of the step. Its answer, packed."""
+    """part: a range, and whether it is the first of the step, packed. Its answer, packed."""
     worker = get_worker()
     forward: ForwardWorker | None = worker.plugins.get(plugin)
     if forward is None:
         return b""  # the run was stopped and took its plugin away: nobody reads this
-    return packed(forward.answer(state, *part, worker.get_current_task()))
+    return packed(forward.answer(state, *unpacked(part), worker.get_current_task()))

@@ -27,10 +27,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / name)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv(SWITCH, raising=False)
-    build.cache_clear()
+    for kept in (build, gain.bfloat16_pays):
+        kept.cache_clear()
     yield tmp_path / "deepzero" / "kernels"
     monkeypatch.undo()
-    build.cache_clear()
+    for kept in (build, gain.bfloat16_pays):
+        kept.cache_clear()
 
 
 def assert_works() -> None:
@@ -112,24 +114,16 @@ def test_processes_share_what_one_of_them_compiled(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not program.has_bfloat16(), reason="this machine has no kernels in bfloat16")
 def test_what_bfloat16_gains_is_measured_once(cache: Path) -> None:
-    gain.bfloat16_pays.cache_clear()
-    try:
-        found = gain.gain()
-        (kept,) = cache.glob("*.bfloat16")
-        assert 0.1 < found < 10 and float(kept.read_text()) == found
-        for written, pays in (("1.2\n", True), ("0.8\n", False)):
-            kept.write_text(written)
-            gain.bfloat16_pays.cache_clear()
-            assert gain.bfloat16_pays() is pays
-        assert gain.gain() == 0.8, "it is not measured again"
-    finally:
+    found = gain.gain()
+    (kept,) = cache.glob("*.bfloat16")
+    assert 0.1 < found < 10 and float(kept.read_text()) == found
+    for written, pays in (("1.2\n", True), ("0.8\n", False)):
+        kept.write_text(written)
         gain.bfloat16_pays.cache_clear()
+        assert gain.bfloat16_pays() is pays
+    assert gain.gain() == 0.8, "it is not measured again"
 
 
 def test_without_kernels_bfloat16_gains_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
-    gain.bfloat16_pays.cache_clear()
-    try:
-        assert not gain.bfloat16_pays()
-    finally:
-        gain.bfloat16_pays.cache_clear()
+    assert not gain.bfloat16_pays()

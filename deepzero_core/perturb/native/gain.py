@@ -4,6 +4,7 @@ Processors with the instructions differ: where pairs of bfloat16 are multiplied 
 products; where that rate is lower, packing the pairs costs more than is saved.
 """
 
+from ctypes import CDLL
 from functools import cache
 from pathlib import Path
 
@@ -30,13 +31,11 @@ def gain() -> float:
     with FileLock(kept.with_suffix(".lock")):
         if not kept.exists():
             with replacing(kept) as file:
-                file.write(f"{_measured():.3f}\n".encode())
+                file.write(f"{_measured(kernels):.3f}\n".encode())
     return float(kept.read_text(encoding="ascii"))
 
 
-def _measured() -> float:
-    kernels = library()
-    assert kernels is not None
+def _measured(kernels: CDLL) -> float:
     turns = [[kernels.deepzero_winograd_seconds(bfloat16) for bfloat16 in (0, 1)] for _ in range(_REPEATS)]
     float32, bfloat16 = (min(times) for times in zip(*turns, strict=True))
     return float(float32 / bfloat16)
