@@ -29,6 +29,7 @@ from deepzero_core.training.sources import step_generator
 from infra.certificates import Certificates
 from infra.classifiers import Classifier, Recipe, files_of, moved
 from infra.cluster import shares_disk
+from infra.plugins import Absent, present, withdraw
 from infra.shipping import Parcel, Shipment, received
 from infra.waiting import finished
 
@@ -161,9 +162,9 @@ class CertificationWorker(WorkerPlugin):
         return list(task.certificates(classifier, numbers))
 
 
-def _shard(plugin: str, numbers: Sequence[int]) -> list[Certificate]:
+def _shard(plugin: str, numbers: Sequence[int]) -> list[Certificate] | Absent:
     worker: CertificationWorker | None = get_worker().plugins.get(plugin)
-    return [] if worker is None else worker.certificates(numbers)  # the run was stopped: nobody reads this
+    return Absent.PLUGIN if worker is None else worker.certificates(numbers)
 
 
 def _on_workers(
@@ -182,7 +183,7 @@ def _on_workers(
             shards[client.submit(_shard, name, part, key=f"{name}-{part[0]}", pure=False)] = part
         while shards:
             for future in finished(client, list(shards), timeout_s):
-                yield from zip(shards.pop(future), future.result(), strict=True)
+                yield from zip(shards.pop(future), present(future.result()), strict=True)
     except KilledWorker as error:
         raise WorkError(
             f"a shard of examples was tried on {error.allowed_failures + 1} Dask workers and each of them died; see to "
@@ -194,4 +195,4 @@ def _on_workers(
         if client.status == "running":
             with suppress(CancelledError, OSError, TimeoutError):
                 client.cancel(list(shards))
-                client.unregister_worker_plugin(name)
+        withdraw(client, name)

@@ -22,6 +22,7 @@ from distributed import CancelledError, Client, Future, KilledWorker, Worker, Wo
 from deepzero_core.callables import reason, resolve
 from deepzero_core.errors import WorkError
 from infra.dask_memory import forget_names
+from infra.plugins import Absent, present, withdraw
 from infra.waiting import finished, log_workers
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class FanOutWorker(WorkerPlugin):
 def _answer(plugin: str, question: Any) -> Any:
     worker: FanOutWorker | None = get_worker().plugins.get(plugin)
     forget_names()
-    return None if worker is None else worker.answer(question)  # the run was stopped: nobody reads this
+    return Absent.PLUGIN if worker is None else worker.answer(question)
 
 
 class FanOut:
@@ -90,11 +91,7 @@ class FanOut:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.client.status == "running":
-            # Suppressed: the scheduler went away with everything on it.
-            with suppress(CancelledError, OSError, TimeoutError):
-                self.client.unsubscribe_topic("all")
-                self.client.unregister_worker_plugin(self._name)
+        withdraw(self.client, self._name, topic="all")
 
     def ask(self, questions: Sequence[Any]) -> list[Any | Lost]:
         """The answers, in order.
@@ -120,8 +117,7 @@ class FanOut:
                 futures.append(self.client.submit(_answer, self._name, question, key=key, pure=False))
             finished(self.client, futures, self.timeout_s, every=True)
             try:
-                answers: list[Any] = self.client.gather(futures)
-                return answers
+                return [present(answer) for answer in self.client.gather(futures)]
             except KilledWorker:
                 return [_answer_of(future) for future in futures]
         except (CancelledError, OSError) as error:
@@ -134,6 +130,6 @@ class FanOut:
 
 def _answer_of(future: Future) -> Any | Lost:
     try:
-        return future.result()
+        return present(future.result())
     except KilledWorker as error:
         return Lost(error.allowed_failures + 1)

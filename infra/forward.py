@@ -44,6 +44,7 @@ from infra.cluster import shares_disk
 from infra.direct import ask
 from infra.forward_worker import Answer, ForwardWorker, StepState, evaluate, tensors_of
 from infra.packed import packed, unpacked
+from infra.plugins import present, withdraw
 from infra.problem import Images, Problem
 from infra.ranges import Range, copies_for, divided, grouped, joined, paces
 from infra.shipping import Shipment
@@ -123,9 +124,7 @@ class DistributedCGE:
 
     def __exit__(self, *_: object) -> None:
         self._cut = self._shipment = None
-        if self.client.status == "running":
-            self.client.unsubscribe_topic("all")
-            self.client.unregister_worker_plugin(self._name)
+        withdraw(self.client, self._name, topic="all")
 
     def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
         return queries(count(resolve(module, coordinates)), self.problem.difference)
@@ -263,7 +262,7 @@ class DistributedCGE:
             pieces = zip(cut.ranges, chosen, strict=True)
             parts = [part for whole, futures in pieces for part in divided(whole, len(futures))]
             results = self.client.gather([future for futures in chosen for future in futures])
-            return parts, [unpacked(result) for result in results]
+            return parts, [unpacked(present(result)) for result in results]
         except KilledWorker as error:
             raise LostError(
                 f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and each of them died; "

@@ -20,6 +20,7 @@ from deepzero_core.training import Batch
 from infra.dask_memory import forget_names
 from infra.direct import teach, unteach
 from infra.packed import packed, unpacked
+from infra.plugins import Absent
 from infra.problem import Images, Problem
 from infra.ranges import Range
 
@@ -159,10 +160,10 @@ def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
 
 
-def evaluate(part: bytes, state: StepState, plugin: str) -> bytes:
+def evaluate(part: bytes, state: StepState, plugin: str) -> bytes | Absent:
     """part: a range, and whether it is the first of the step, packed. Its answer, packed."""
     worker = get_worker()
     forward: ForwardWorker | None = worker.plugins.get(plugin)
     if forward is None:
-        return b""  # the run was stopped and took its plugin away: nobody reads this
+        return Absent.PLUGIN
     return packed(forward.answer(state, *unpacked(part), worker.get_current_task()))

@@ -15,16 +15,17 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from distributed import CancelledError, Client, Worker, WorkerPlugin
+from distributed import Client, Worker, WorkerPlugin
 
 from configs.checks import CALLABLE
 from deepzero_core.errors import RequestError
+from infra.plugins import withdraw
 
 MAX_BYTES = 32 << 20
 _OURS = {"deepzero_core", "simulators", "configs", "infra", "tasks", "flows"}
@@ -46,9 +47,7 @@ def own_code(client: Client, mentions: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if client.status == "running":
-            with suppress(CancelledError, OSError, TimeoutError):  # the scheduler is gone, and all on it
-                client.unregister_worker_plugin(plugin.name)
+        withdraw(client, plugin.name)
 
 
 def own_packages(mentions: Any) -> set[str]:

@@ -40,6 +40,8 @@ class Gate:
 
     uri: str
     clock: Callable[[], float] = time.monotonic
+    why: str = ""
+    """Of the last failure."""
     _failures: int = 0
     _again: float = 0.0
     _turn: threading.Lock = field(default_factory=threading.Lock)
@@ -59,12 +61,14 @@ class Gate:
                 return False
             if answers(self.uri):
                 return True
+            self.why = f"it does not say within {PROBE_S:g} s that it is well"
             self._shut()
             return False
 
     def failed(self, why: str) -> None:
         """An attempt has failed: told once for every time that the store goes away."""
         with self._turn:
+            self.why = why
             if not self._failures:
                 _log.warning("MLflow does not answer (%s): the run goes on, and what it has to tell waits on disk", why)
             self._shut()

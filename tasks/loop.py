@@ -13,7 +13,6 @@ from deepzero_core.errors import LostError, RequestError, WorkError
 from deepzero_core.training import NonFiniteError, StepRecord, Trainer, check_state
 from deepzero_core.training.checkpoint import load_newest, save_step
 from infra.heeded import REQUESTS
-from infra.unread import say
 from tasks.history import History, intact
 from tasks.progress import Progress
 from tasks.stage import Stage
@@ -142,7 +141,7 @@ class Loop:
         instead = "using an older one" if found.path else "the training begins anew"
         for damage in found.damaged:
             logger.warning("%s; %s", damage, instead)
-            say(f"warning: {damage}; {instead}", sys.stderr)
+            print(f"warning: {damage}; {instead}", file=sys.stderr, flush=True)
         if found.state is None:
             return 0.0
         if found.state["config_digest"] != stage.folder.name:

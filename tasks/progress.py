@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from infra.unread import say
 from tasks.artifacts import Gauge
 
 _log = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ def skipped(stage: str) -> None:
 
 def _say(stage: str, text: str) -> None:
     line = f"{stage:<{_WIDTH}} {text}"
-    say(line)
+    print(line, flush=True)
     _log.info("%s", line)
 
 

@@ -108,9 +108,10 @@ def settle(patience: float) -> None:
             found = deliver_waiting()
     if found.left:
         _log.warning(
-            "MLflow has not been told everything about %d runs: it waits in %s, and `deepzero deliver` or the next run "
-            "delivers it",
+            "MLflow has not been told everything about %d runs (%s): it waits in %s, and `deepzero deliver` or the "
+            "next run delivers it",
             len(found.left),
+            gate(tracking_uri()).why or "it did not take it",
             found.left[0].parent,
         )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepzero_core.data import prepare
-from deepzero_core.errors import RequestError
+from deepzero_core.errors import RequestError, WorkError
 from deepzero_core.smoothing import ABSTAIN, Certificate, Certification, certify_many
 from deepzero_core.training.sources import step_generator
 from infra import certification
@@ -97,6 +97,15 @@ def test_workers_one_of_which_dies_make_the_table_of_this_process(store: Path, w
         there, _ = certify_examples(wanted, tmp_path / "there", client=client, advanced=advanced)
         assert killed
         assert there.read_bytes() == here.read_bytes()
+
+        def forget(_: Certificate) -> None:
+            for name in list(client.cluster.scheduler.worker_plugins):
+                if name.startswith("deepzero-certification"):
+                    client.unregister_worker_plugin(name)
+
+        # Workers that know nothing of it have another scheduler; what is certified stays.
+        with pytest.raises(WorkError, match=r"^the Dask scheduler was lost in the middle of a certification$"):
+            certify_examples(wanted, tmp_path / "lost", client=client, advanced=forget)
         # A mistake on a worker is told as it would be here.
         wrong = Task(wanted.examples, Recipe("infra.classifiers:train", {}), wanted.settings, 0)
         with pytest.raises(RequestError, match=r"'infra.classifiers:train' does not name a callable"):

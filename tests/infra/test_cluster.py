@@ -206,11 +206,12 @@ def test_fewer_workers_than_asked_for_is_a_failure_of_the_work(running: tuple[st
         pass
 
 
-def test_a_scheduler_that_dies_is_a_failure_of_the_work(problem: Problem, tmp_path: Path) -> None:
+@pytest.mark.parametrize("anew", [False, True], ids=["for good", "and is started anew"])
+def test_a_scheduler_that_dies_is_a_failure_of_the_work(anew: bool, problem: Problem, tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
-    scheduler = python(
-        "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", address.partition(":")[2], "--no-dashboard"
-    )
+    port = address.partition(":")[2]
+    started_as = "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"
+    scheduler = python(*started_as)
     worker = python(
         "distributed.cli.dask_worker", f"tcp://{address}", "--no-dashboard", "--local-directory", str(tmp_path)
     )
@@ -220,6 +221,8 @@ def test_a_scheduler_that_dies_is_a_failure_of_the_work(problem: Problem, tmp_pa
             source.estimate(module, Batch.of(0, 0, 0, *batches.batch(0, 0)), None)
             scheduler.kill()
             scheduler.wait()
+            if anew:
+                scheduler = python(*started_as)
             started = time.monotonic()
             with pytest.raises(WorkError, match=rf"scheduler at tcp://{address} was lost in the middle of a step"):
                 while True:  # the worker may still answer before it hears of it

@@ -20,7 +20,7 @@ import torch
 from distributed import Client
 from torch import nn
 
-from deepzero_core.errors import RequestError
+from deepzero_core.errors import RequestError, WorkError
 from deepzero_core.training import Batch, GradientSource
 from infra.cluster import connect
 from infra.fan_out import FanOut
@@ -225,6 +225,16 @@ def test_a_worker_killed_in_mid_step_changes_no_bit(caplog: pytest.LogCaptureFix
     gone(orphans)
     warnings = [r.getMessage() for r in caplog.records if r.name == "infra.fan_out" and r.levelno == logging.WARNING]
     assert re.fullmatch(r"Dask worker \S+ was lost: what it was asked is asked of another", "".join(warnings))
+
+
+def test_workers_that_know_nothing_of_the_run_have_another_scheduler(two: Client) -> None:
+    settings = {"command": [sys.executable, "-S", "-c", SLOW], "state_shapes": SHAPES, "batch_size": 8}
+    with shared_out(two, settings) as simulator:
+        simulator.step(velocity(2), {})
+        (plugin,) = [name for name in two.cluster.scheduler.worker_plugins if name.startswith("deepzero-fan-out")]
+        two.unregister_worker_plugin(plugin)
+        with pytest.raises(WorkError, match=r"^the Dask scheduler was lost in the middle of a step$"):
+            simulator.step(velocity(2), {})
 
 
 def test_a_program_that_hangs_is_a_crash_of_its_range_alone(two: Client) -> None:

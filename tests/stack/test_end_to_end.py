@@ -16,14 +16,14 @@ from stacks import Command, asked, eventually, rows, well
 
 pytestmark = pytest.mark.timeout(900)
 
-STEPS = 250
+STEPS = 600
 CONFIG = f"""
 name: end-to-end
 data: {{name: digits, batch_size: 64, train_limit: 256, test_limit: 64, crop_padding: 1}}
 model: {{name: cnn, depth: 2, width: 6}}
 pruning: {{method: random, sparsity: 0.3}}
 training:
-  epochs: 100
+  epochs: 200
   steps: {STEPS}
   schedule: {{warmup_epochs: 1}}
   checkpoint_every: 5
@@ -89,6 +89,12 @@ def test_triggered_killed_retried_done(module_home: Path, watched: Any) -> None:
         def state() -> str:
             return str(run()["state_type"])
 
+        def history() -> str:
+            """Every state the run has had, and what its worker says."""
+            states = asked("GET", f"{api}/flow_run_states/?flow_run_id={run()['id']}")
+            lines = [f"{each['timestamp']} {each['name']}: {each['message']}" for each in states]
+            return "\n".join([*sorted(lines), (module_home / "stack" / "logs" / "prefect-worker.log").read_text()])
+
         def retry() -> None:
             """What the button Retry on the page of the run does."""
             body = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": False}
@@ -109,6 +115,7 @@ def test_triggered_killed_retried_done(module_home: Path, watched: Any) -> None:
 
         process, said = watched(deepzero, "trigger", "classify", "--config", str(config), "--watch")
         eventually(lambda: step(module_home) >= 5 or process.poll() is not None, 240, "the training is under way")
+        assert process.poll() is None, said()
 
         # Servers and workers die in one moment: the run waits for its Dask worker and goes on.
         before = rows(deepzero)
@@ -136,7 +143,7 @@ def test_triggered_killed_retried_done(module_home: Path, watched: Any) -> None:
         uninterrupted = alone("run", "classify", "--config", str(config), "--set", "cluster.workers=0")
         assert uninterrupted.returncode == 0, uninterrupted.stderr
         eventually(lambda: state() != "RUNNING", 240, "the run is over")
-        assert state() == "COMPLETED"
+        assert state() == "COMPLETED", history()
         assert digest(module_home) == digest(alone.home)
         assert statuses()["train cge"] == statuses()["classify end-to-end-seed-0"] == "FINISHED"
 
