@@ -90,7 +90,7 @@ def command(stack: Stack, service: str, given: Secrets) -> list[str]:
             return _module("distributed.cli.dask_scheduler", *_flat(options), "--no-show")
         case "prefect-worker":
             options = {"--pool": POOL, "--type": "process", "--name": "stack"}
-            return _module("prefect", "worker", "start", *_flat(options), "--with-healthcheck")
+            return _module("infra.stack.prefect_worker", "worker", "start", *_flat(options), "--with-healthcheck")
         case _:
             options = {
                 "--name": service,
