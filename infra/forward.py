@@ -5,7 +5,7 @@
     range       a fixed list of chunks; its result is loss differences, and of the first range also the unperturbed
                 loss, outputs and buffers, which its worker has made for it anyway
     worker      keeps module, data and traced engine, built by a plugin that runs again on every replacement
-    alone       the only worker, with only one range, is asked without the scheduler in between (`direct`)
+    lane        workers of this machine are asked without the scheduler in between (`lanes`), others get tasks
 
 Chunks follow from the coordinates and the memory budget, never from the number of workers, and every worker computes
 on one thread: one worker, many workers, or a worker lost on the way give the same bits. What a lost worker held is
@@ -15,6 +15,7 @@ Workers that share no disk with this process are sent the training images (`ship
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED
 from concurrent.futures import wait as wait_for_answers
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,8 +42,8 @@ from deepzero_core.perturb.objective import state_of
 from deepzero_core.training import Batch
 from deepzero_core.training.sources import Coordinates
 from infra.cluster import shares_disk
-from infra.direct import ask
 from infra.forward_worker import Answer, ForwardWorker, StepState, evaluate, tensors_of
+from infra.lanes import Asked, LaneLostError, Lanes
 from infra.packed import packed, unpacked
 from infra.plugins import present, withdraw
 from infra.problem import Images, Problem
@@ -52,7 +53,6 @@ from infra.stragglers import Answers, Task
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 1.0
 _SPREAD_S = 10.0
 _SENT_S = 0.02
 _TIMED_STEPS = 2
@@ -108,7 +108,7 @@ class DistributedCGE:
     _pace: dict[str, float] = field(default_factory=dict)
     _timed: int = 0
     _workers: set[str] = field(default_factory=set)
-    _unreachable: set[str] = field(default_factory=set)
+    _lanes: Lanes = field(default_factory=Lanes)
     _shipment: Shipment | None = None
 
     def __enter__(self) -> "DistributedCGE":
@@ -116,7 +116,7 @@ class DistributedCGE:
         if not shares_disk(self.client):
             self._shipment = Shipment(self.client)
             images = Images.of(self.problem, self._shipment)
-        self.client.register_plugin(ForwardWorker(self._name, self.problem, images))
+        self.client.register_plugin(ForwardWorker(self._name, self.problem, str(self._lanes.folder), images))
         self.client.subscribe_topic("all", self._report)
         # Not `scheduler_info`: the client renews that every two seconds, without workers.
         self._workers |= set(self.client.nthreads())
@@ -125,6 +125,7 @@ class DistributedCGE:
     def __exit__(self, *_: object) -> None:
         self._cut = self._shipment = None
         withdraw(self.client, self._name, topic="all")
+        self._lanes.close()
 
     def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
         return queries(count(resolve(module, coordinates)), self.problem.difference)
@@ -147,8 +148,7 @@ class DistributedCGE:
             self.prepared(module, batch.inputs, batch.targets)
         chosen = resolve(module, coordinates)
         cut = self._cut_for(coordinates, chosen, lambda e: e.base(parameters, buffers, batch.inputs, batch.targets))
-        alone = self._alone(state, cut, meanwhile=lambda: batch.targets)
-        parts, answers = (cut.ranges, [alone]) if alone else self._answers(self._tasks(state, cut), cut)
+        parts, answers = self._asked(state, cut, lambda: batch.targets) or self._answers(self._tasks(state, cut), cut)
         self._time(parts, answers)
         gradients = scatter(parameters, chosen, joined(parts, [answer.slopes for answer in answers]))
         spent = queries(count(chosen), self.problem.difference)
@@ -190,27 +190,35 @@ class DistributedCGE:
             for name, seconds in paces(parts, [answer.seconds for answer in answers]).items():
                 self._pace[name] = min(self._pace.get(name, seconds), seconds)
 
-    def _alone(self, state: StepState, cut: _Cut, meanwhile: Callable[[], object]) -> Answer | None:
-        """The answer of the only worker to the only range; None where there are more, or it was lost or is silent."""
-        workers = tuple(self._workers)
-        if len(workers) != 1 or len(cut.ranges) != 1 or workers[0] in self._unreachable:
+    def _asked(
+        self, state: StepState, cut: _Cut, meanwhile: Callable[[], object]
+    ) -> tuple[list[Range], list[Answer]] | None:
+        """As `_answers`, through lanes; None where there is none to some worker, or the last has ended."""
+        if not self._lanes.lead_to(self._workers):
             return None
-        (address,) = workers
-        asked = ask(self.client, address, self._name, state, cut.ranges[0])
+        step = state.name, packed(state)
+        questions = [Asked(step, part) for part in cut.packed]
+
+        def again(number: int, pieces: int, workers: Sequence[str]) -> list[Asked]:
+            found = divided(cut.ranges[number], pieces)
+            parts = [Asked(step, packed((part, number + place == 0))) for place, part in enumerate(found)]
+            self._lanes.ask(parts)
+            return parts
+
+        self._lanes.ask(questions)
+        wait_for_answers(questions, timeout=_SENT_S, return_when=FIRST_COMPLETED)
+        meanwhile()  # which would hold up the questions while they leave
+        tasks = [Task(c, q, partial(again, n)) for n, (c, q) in enumerate(zip(cut.costs, questions, strict=True))]
+        answers = Answers(self._lanes, tasks, lambda: len(self._workers), lambda: self.timeout_s)
         try:
-            wait_for_answers([asked], timeout=_SENT_S)
-            meanwhile()  # which would hold up the question while it leaves
-            left_s, look_s = self.timeout_s, min(_LOOK_S, self.timeout_s / 4)
-            while not asked.done() and address in self._workers and self.client.status == "running" and left_s > 0:
-                wait_for_answers([asked], timeout=look_s)
-                left_s -= look_s  # however long it took: a machine that was asleep has not waited
-            answer: Answer | None = asked.result() if asked.done() else None
-            return answer
-        except OSError:
-            self._unreachable.add(address)
+            answers.wait()
+            chosen = [answers.chosen[number] for number in range(len(tasks))]
+            return self._parts(cut, chosen), [unpacked(asked.result()) for futures in chosen for asked in futures]
+        except (LaneLostError, ConnectionError):
             return None
         finally:
-            asked.cancel()
+            self.asked_again += answers.asked_again
+            self._lanes.take_back([asked for asked in answers.futures() if not asked.done()])
 
     def _tasks(self, state: StepState, cut: _Cut) -> list[Task]:
         """The ranges, in the order in which they are to begin, large ones first."""
@@ -259,10 +267,8 @@ class DistributedCGE:
             answers.wait()
             self.asked_again += answers.asked_again
             chosen = [answers.chosen[number] for number in range(len(tasks))]
-            pieces = zip(cut.ranges, chosen, strict=True)
-            parts = [part for whole, futures in pieces for part in divided(whole, len(futures))]
             results = self.client.gather([future for futures in chosen for future in futures])
-            return parts, [unpacked(present(result)) for result in results]
+            return self._parts(cut, chosen), [unpacked(present(result)) for result in results]
         except KilledWorker as error:
             raise LostError(
                 f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and each of them died; "
@@ -275,6 +281,11 @@ class DistributedCGE:
             open_still = [future for future in answers.futures() if not future.done()]
             if open_still and self.client.status == "running":
                 self.client.cancel(open_still)  # nobody waits for them any more
+
+    def _parts(self, cut: _Cut, chosen: Sequence[Sequence[Any]]) -> list[Range]:
+        """What was evaluated, ranges or pieces of them, in order."""
+        pieces = zip(cut.ranges, chosen, strict=True)
+        return [part for whole, futures in pieces for part in divided(whole, len(futures))]
 
     def _report(self, event: tuple[float, Any]) -> None:
         message = event[1]

@@ -2,8 +2,10 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -14,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepzero_core.data import BatchSource
+from deepzero_core.errors import WorkError
 from deepzero_core.estimators.cge import slope
 from deepzero_core.perturb import BasePass, Chunk, Evaluator, prepare
 from deepzero_core.training import Batch
 from infra.dask_memory import forget_names
-from infra.direct import teach, unteach
+from infra.doors import Door, GivenUpError, door_in, mine
 from infra.packed import packed, unpacked
 from infra.plugins import Absent
 from infra.problem import Images, Problem
@@ -67,40 +70,53 @@ class Answer:
 
 
 class ForwardWorker(WorkerPlugin):
-    """A worker's module, data and engine, built by its first task; set up again when Dask replaces the worker."""
+    """A worker's module, data and engine, built by its first task; set up again when Dask replaces the worker.
 
-    def __init__(self, name: str, problem: Problem, images: Images | None = None) -> None:
+    doors: the coordinator's folder, in which a worker that sees it opens a door of its own.
+    """
+
+    def __init__(self, name: str, problem: Problem, doors: str, images: Images | None = None) -> None:
         self.name = name
-        self._problem, self._images = problem, images
+        self._problem, self._doors, self._images = problem, doors, images
         self._device = torch.device(problem.device)
         self._built: tuple[nn.Module, BatchSource] | None = None
         self._evaluator: Evaluator | None = None
         self._base: tuple[str, BasePass] | None = None
         self._drawn: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
-        self._given_up: set[Any] = set()
+        self.given_up: set[Any] = set()
+        self._door: Door | None = None
+        self._state: StepState | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardWorker, (self.name, self._problem, self._images)
+        return ForwardWorker, (self.name, self._problem, self._doors, self._images)
 
     def setup(self, worker: Worker) -> None:
         torch.set_num_threads(1)
-        teach(worker, self.name, self.answer_at_once, self.draw_ahead)
         # A worker that somebody else has started may have several threads; engine and random state are for one.
         self._turn = threading.Lock()
+        if mine(Path(self._doors)):
+            with suppress(OSError):  # without a door it gets tasks
+                self._door = Door(door_in(Path(self._doors), worker.address), self.answer_at_once, self.draw_ahead)
 
     def teardown(self, worker: Worker) -> None:
-        unteach(worker, self.name)
+        if self._door is not None:
+            self._door.close()
 
     def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
         """Note which tasks of this worker nobody waits for any more: another worker was faster."""
         if start == "executing" and finish in ("cancelled", "released", "forgotten"):
-            self._given_up.add(key)
+            self.given_up.add(key)
         elif finish in ("executing", "resumed"):
-            self._given_up.discard(key)
+            self.given_up.discard(key)
 
-    def answer_at_once(self, state: StepState, part: Range) -> Answer | None:
-        """As `answer`, of the first range; None before a first task has built what this takes."""
-        return self.answer(state, part, True, None) if self._built else None
+    def answer_at_once(self, question: bytes, given_up: Callable[[], bool]) -> bytes:
+        """As `evaluate`, through the door: the name of the step, its state where that is new to the lane, the range."""
+        name, state, part = unpacked(question)
+        if state:
+            self._state = unpacked(state)
+        if self._state is None or self._state.name != name:
+            raise WorkError("a Dask worker was asked for a step whose parameters it was not sent")
+        return packed(self.answer(self._state, *unpacked(part), given_up))
 
     def draw_ahead(self) -> None:
         """The batch of the next step, while the coordinator makes its θ."""
@@ -109,14 +125,14 @@ class ForwardWorker(WorkerPlugin):
                 (epoch, index), steps = self._drawn[0], self._built[1].steps_per_epoch
                 self._batch(*divmod(epoch * steps + index + 1, steps))
 
-    def answer(self, state: StepState, part: Range, first: bool, key: Any) -> Answer:
-        """What a range is asked for. Reschedule: the task `key` has been given up."""
+    def answer(self, state: StepState, part: Range, first: bool, given_up: Callable[[], bool]) -> Answer:
+        """What a range is asked for. GivenUpError: it is not wanted any more."""
         with self._turn:
             base = self._base_of(state)
             found, seconds = [], []
             for name, indices in part.chunks:
-                if key in self._given_up:
-                    raise Reschedule  # Dask forgets it, or begins again if it has changed its mind
+                if given_up():
+                    raise GivenUpError
                 began = time.perf_counter()
                 found.append(self._slope(base, name, indices))
                 seconds.append(time.perf_counter() - began)
@@ -131,7 +147,7 @@ class ForwardWorker(WorkerPlugin):
     def _base_of(self, state: StepState) -> BasePass:
         """The base pass of a step, kept until the next: every range of the step reads it."""
         if self._base is None or self._base[0] != state.name:
-            self._given_up.clear()
+            self.given_up.clear()
             forget_names()
             if self._built is None:
                 module = self._problem.build_module().train().to(self._device)
@@ -166,4 +182,8 @@ def evaluate(part: bytes, state: StepState, plugin: str) -> bytes | Absent:
     forward: ForwardWorker | None = worker.plugins.get(plugin)
     if forward is None:
         return Absent.PLUGIN
-    return packed(forward.answer(state, *unpacked(part), worker.get_current_task()))
+    key = worker.get_current_task()
+    try:
+        return packed(forward.answer(state, *unpacked(part), lambda: key in forward.given_up))
+    except GivenUpError:
+        raise Reschedule from None  # Dask forgets it, or begins again if it has changed its mind

@@ -10,16 +10,37 @@ that are free, in pieces; whichever answer comes first is taken. Answers are fun
 
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-from distributed import Client, Future
+from typing import Any, Protocol
 
 from deepzero_core.errors import LostError
 
 _LATE = 2.0
 _GRACE_S = 0.05
 _MOST_ATTEMPTS = 4
+
+
+class Future(Protocol):
+    """Of a task, or of a question through a lane."""
+
+    key: str
+
+    @property
+    def status(self) -> str: ...
+
+    def result(self) -> Any: ...
+
+    def add_done_callback(self, fn: Callable[[Any], object], /) -> None: ...
+
+
+class Asking(Protocol):
+    """Dask's client, or lanes. processing: by worker, the keys of what it has to answer."""
+
+    @property
+    def status(self) -> str: ...
+
+    def processing(self) -> Mapping[str, Sequence[str]]: ...
 
 
 @dataclass
@@ -39,7 +60,7 @@ class Answers:
     """Waits for all tasks; for each, `chosen[k]` are then the futures that answer it, one or its pieces in order."""
 
     def __init__(
-        self, client: Client, tasks: Sequence[Task], workers: Callable[[], int], timeout_s: Callable[[], float]
+        self, client: Asking, tasks: Sequence[Task], workers: Callable[[], int], timeout_s: Callable[[], float]
     ):
         self._client, self._tasks = client, tasks
         self._workers, self._timeout_s = workers, timeout_s
@@ -94,7 +115,7 @@ class Answers:
 
     def _check(self) -> None:
         if self._client.status != "running":
-            raise ConnectionError(f"the Dask client is {self._client.status}")
+            raise ConnectionError(f"the way to the Dask workers is {self._client.status}")
         timeout_s = self._timeout_s()
         if self._waited > timeout_s:
             raise LostError(
