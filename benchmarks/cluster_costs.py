@@ -69,7 +69,7 @@ def _steps(client: Client, scheduler: psutil.Process, problem: Problem, ranges: 
     step = Batch.of(0, 0, 0, *batches.batch(0, 0))
     with ExitStack() as stack:
         stack.enter_context(patch("infra.forward.grouped", lambda costs, workers: tapered(costs, ranges)))
-        source = stack.enter_context(DistributedCGE(client, problem, TIMEOUT_S))
+        source = stack.enter_context(DistributedCGE(client, problem, TIMEOUT_S, lanes=False))
         for _ in range(3):
             source.estimate(module, step, None)
         mine, its, began = time.process_time(), _cpu(scheduler), time.perf_counter()

@@ -182,7 +182,10 @@ def _real(scene: Scene, workers: int, repeats: int, report: Report, name: str) -
     problem = scene.problem
     module = problem.build_module().train()
     step = Batch.of(0, 0, 0, *problem.build_batches().batch(0, 0))
-    with connect(workers, None, _TIMEOUT_S) as client, DistributedCGE(client, problem, _TIMEOUT_S) as source:
+    with (
+        connect(workers, None, _TIMEOUT_S) as client,
+        DistributedCGE(client, problem, _TIMEOUT_S, lanes=False) as source,
+    ):
         times = []
         for repeat in range(repeats + 2):
             report(f"{name}: {workers} real workers, step {repeat + 1} of {repeats + 2}")

@@ -100,6 +100,8 @@ class DistributedCGE:
     client: Client
     problem: Problem
     timeout_s: float = 60.0
+    lanes: bool = True
+    """Whether workers of this machine are asked through lanes: not where they stand for those of others."""
     asked_again: int = 0
     """Tasks so far that were asked of a second worker because the first was late."""
     _name: str = field(default_factory=lambda: uuid4().hex)
@@ -110,6 +112,8 @@ class DistributedCGE:
     _workers: set[str] = field(default_factory=set)
     _lanes: Lanes = field(default_factory=Lanes)
     _shipment: Shipment | None = None
+    _mark: Future | None = None
+    """A task of the scheduler: cancelled when that is lost, whether or not another one has taken its place."""
 
     def __enter__(self) -> "DistributedCGE":
         images = None
@@ -117,13 +121,14 @@ class DistributedCGE:
             self._shipment = Shipment(self.client)
             images = Images.of(self.problem, self._shipment)
         self.client.register_plugin(ForwardWorker(self._name, self.problem, str(self._lanes.folder), images))
+        self._mark = self.client.submit(_hold, None, key=self._key("mark"), pure=False)
         self.client.subscribe_topic("all", self._report)
         # Not `scheduler_info`: the client renews that every two seconds, without workers.
         self._workers |= set(self.client.nthreads())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._cut = self._shipment = None
+        self._cut = self._shipment = self._mark = None
         withdraw(self.client, self._name, topic="all")
         self._lanes.close()
 
@@ -148,7 +153,7 @@ class DistributedCGE:
             self.prepared(module, batch.inputs, batch.targets)
         chosen = resolve(module, coordinates)
         cut = self._cut_for(coordinates, chosen, lambda e: e.base(parameters, buffers, batch.inputs, batch.targets))
-        parts, answers = self._asked(state, cut, lambda: batch.targets) or self._answers(self._tasks(state, cut), cut)
+        parts, answers = self._asked(state, cut, lambda: batch.targets) or self._answers(state, cut)
         self._time(parts, answers)
         gradients = scatter(parameters, chosen, joined(parts, [answer.slopes for answer in answers]))
         spent = queries(count(chosen), self.problem.difference)
@@ -194,7 +199,7 @@ class DistributedCGE:
         self, state: StepState, cut: _Cut, meanwhile: Callable[[], object]
     ) -> tuple[list[Range], list[Answer]] | None:
         """As `_answers`, through lanes; None where there is none to some worker, or the last has ended."""
-        if not self._lanes.lead_to(self._workers):
+        if not (self.lanes and self._lanes.lead_to(self._workers)):
             return None
         step = state.name, packed(state)
         questions = [Asked(step, part) for part in cut.packed]
@@ -260,8 +265,11 @@ class DistributedCGE:
         with suppress(TimeoutError):  # the step itself will tell who does not answer
             wait_for_tasks(seen, timeout=min(_SPREAD_S, self.timeout_s))
 
-    def _answers(self, tasks: Sequence[Task], cut: _Cut) -> tuple[list[Range], list[Answer]]:
+    def _answers(self, state: StepState, cut: _Cut) -> tuple[list[Range], list[Answer]]:
         """What was evaluated, ranges or pieces of them, in order; and the answers."""
+        if self._mark is None or self._mark.cancelled():
+            raise self._scheduler_lost()
+        tasks = self._tasks(state, cut)
         answers = Answers(self.client, tasks, lambda: len(self._workers), lambda: self.timeout_s)
         try:
             answers.wait()
@@ -275,12 +283,14 @@ class DistributedCGE:
                 "see to their memory, or take a smaller estimator.memory_mib"
             ) from error
         except (CancelledError, OSError) as error:
-            address = self.client.scheduler.address
-            raise LostError(f"the Dask scheduler at {address} was lost in the middle of a step") from error
+            raise self._scheduler_lost() from error
         finally:
             open_still = [future for future in answers.futures() if not future.done()]
             if open_still and self.client.status == "running":
                 self.client.cancel(open_still)  # nobody waits for them any more
+
+    def _scheduler_lost(self) -> LostError:
+        return LostError(f"the Dask scheduler at {self.client.scheduler.address} was lost in the middle of a step")
 
     def _parts(self, cut: _Cut, chosen: Sequence[Sequence[Any]]) -> list[Range]:
         """What was evaluated, ranges or pieces of them, in order."""

@@ -72,7 +72,8 @@ class Answer:
 class ForwardWorker(WorkerPlugin):
     """A worker's module, data and engine, built by its first task; set up again when Dask replaces the worker.
 
-    doors: the coordinator's folder, in which a worker that sees it opens a door of its own.
+    doors: the coordinator's folder, in which a worker that sees it opens a door of its own, once a task has built what
+    it takes to answer.
     """
 
     def __init__(self, name: str, problem: Problem, doors: str, images: Images | None = None) -> None:
@@ -94,9 +95,7 @@ class ForwardWorker(WorkerPlugin):
         torch.set_num_threads(1)
         # A worker that somebody else has started may have several threads; engine and random state are for one.
         self._turn = threading.Lock()
-        if mine(Path(self._doors)):
-            with suppress(OSError):  # without a door it gets tasks
-                self._door = Door(door_in(Path(self._doors), worker.address), self.answer_at_once, self.draw_ahead)
+        self._path = door_in(Path(self._doors), worker.address)
 
     def teardown(self, worker: Worker) -> None:
         if self._door is not None:
@@ -159,6 +158,9 @@ class ForwardWorker(WorkerPlugin):
             torch.manual_seed(state.random_seed)
             parameters, buffers = (tensors_of(arrays, self._device) for arrays in unpacked(state.theta))
             self._base = state.name, self._evaluator.base(parameters, buffers, inputs, targets)
+            if self._door is None and mine(self._path.parent):
+                with suppress(OSError):  # without a door it gets tasks
+                    self._door = Door(self._path, self.answer_at_once, self.draw_ahead)
         return self._base[1]
 
     def _batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:

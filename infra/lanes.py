@@ -92,6 +92,8 @@ class Lanes:
         """Whatever is still asked is not answered."""
         for lane in self._lanes.values():
             lane.close()
+        for lane in self._lanes.values():
+            lane.join(_STUCK_S)
         self._lanes.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ class Steps:
 
         monkeypatch.setattr(source, "_tasks", counted)
 
+    def begin(self) -> None:
+        """Until every worker has been given a task, and there is a lane to it."""
+        deadline = time.monotonic() + 60
+        while not self._source._lanes.lead_to(self._source.client.nthreads()):
+            assert time.monotonic() < deadline
+            self.go()
+        self.by_tasks = 0
+
     def go(self) -> None:
         epoch, index = divmod(self._number, self._batches.steps_per_epoch)
         batch = Batch.of(self._number, epoch, index, *self._batches.batch(epoch, index))
@@ -69,11 +78,14 @@ class Steps:
         assert all(torch.equal(gradient, found.gradients[name]) for name, gradient in expected.gradients.items())
 
 
-def test_no_step_takes_the_way_through_the_scheduler(
+def test_no_step_but_the_first_ones_takes_the_way_through_the_scheduler(
     problem: Problem, two: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with DistributedCGE(two, problem) as source:
         steps = Steps(problem, source, monkeypatch)
+        steps.go()
+        assert steps.by_tasks == 1
+        steps.begin()
         for _ in range(6):  # across the end of an epoch, before which a worker draws the first batch of the next
             steps.go()
         assert steps.by_tasks == 0
@@ -86,7 +98,7 @@ def test_no_step_takes_the_way_through_the_scheduler(
 def test_workers_that_see_no_door_get_tasks(problem: Problem, two: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     with DistributedCGE(two, problem) as source:
         steps = Steps(problem, source, monkeypatch)
-        steps.go()
+        steps.begin()
         shutil.rmtree(source._lanes.folder)
         source._lanes.lead_to(())
         steps.go()
@@ -96,7 +108,7 @@ def test_workers_that_see_no_door_get_tasks(problem: Problem, two: Client, monke
 def test_a_worker_that_dies_changes_no_bit(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     with connect(2, None, 60) as client, DistributedCGE(client, problem) as source:
         steps = Steps(problem, source, monkeypatch)
-        steps.go()
+        steps.begin()
         os.kill(min(client.run(os.getpid).values()), signal.SIGKILL)
         for _ in range(3):
             steps.go()
@@ -105,19 +117,38 @@ def test_a_worker_that_dies_changes_no_bit(problem: Problem, monkeypatch: pytest
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         steps.go()
-        deadline = time.monotonic() + 60
-        while not source._lanes.lead_to(client.nthreads()):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        done = steps.by_tasks
+        steps.begin()
         steps.go()
-        assert steps.by_tasks == done, "there are lanes to their successors"
+        assert steps.by_tasks == 0, "there are lanes to their successors"
+
+
+def test_a_worker_killed_in_the_middle_of_a_step_changes_no_bit(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = replace(problem, batches={**problem.batches, "batch_size": 64}, model={**problem.model, "depth": 3})
+    with connect(2, None, 60) as client, DistributedCGE(client, slow) as source:
+        steps = Steps(slow, source, monkeypatch)
+        steps.begin()
+        victim = min(client.run(os.getpid).values())
+        killed = []
+
+        def kill() -> None:
+            while not all(source._lanes.processing().values()):
+                time.sleep(0.001)
+            killed.append(True)
+            os.kill(victim, signal.SIGKILL)
+
+        thread = threading.Thread(target=kill, daemon=True)
+        thread.start()
+        steps.go()
+        assert killed
+        assert steps.by_tasks == 0, "the other one has answered"
 
 
 def test_a_worker_that_hangs_is_not_waited_for(problem: Problem, two: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     with DistributedCGE(two, problem) as source:
         steps = Steps(problem, source, monkeypatch)
-        steps.go()
+        steps.begin()
         hanging = min(two.run(os.getpid).values())
         os.kill(hanging, signal.SIGSTOP)
         try:
@@ -133,7 +164,7 @@ def test_a_worker_that_hangs_is_not_waited_for(problem: Problem, two: Client, mo
 def test_workers_that_fall_silent_end_the_step(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     with connect(1, None, 60) as client, DistributedCGE(client, problem) as source:
         steps = Steps(problem, source, monkeypatch)
-        steps.go()
+        steps.begin()
         (pid,) = client.run(os.getpid).values()
         source.timeout_s = 2
         os.kill(pid, signal.SIGSTOP)
