@@ -33,6 +33,9 @@ def show(rows: Sequence[Row]) -> None:
         "error: of the engine against float64, below it that of feature reuse in float32.\n"
         "GFLOP/s: feature reuse's work in the engine's time, below it the share of what a matrix product reaches."
     )
+    for row in rows:
+        for note in row.notes:
+            console.print(f"{row.case}: {note}", highlight=False)
 
 
 def _baseline(row: Row, name: str) -> str:
