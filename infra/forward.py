@@ -210,12 +210,12 @@ class DistributedCGE:
             self._lanes.ask(parts)
             return parts
 
-        self._lanes.ask(questions)
-        wait_for_answers(questions, timeout=_SENT_S, return_when=FIRST_COMPLETED)
-        meanwhile()  # which would hold up the questions while they leave
         tasks = [Task(c, q, partial(again, n)) for n, (c, q) in enumerate(zip(cut.costs, questions, strict=True))]
         answers = Answers(self._lanes, tasks, lambda: len(self._workers), lambda: self.timeout_s)
         try:
+            self._lanes.ask(questions)
+            wait_for_answers(questions, timeout=_SENT_S, return_when=FIRST_COMPLETED)
+            meanwhile()  # which would hold up the questions while they leave
             answers.wait()
             chosen = [answers.chosen[number] for number in range(len(tasks))]
             return self._parts(cut, chosen), [unpacked(asked.result()) for futures in chosen for asked in futures]

@@ -1,8 +1,8 @@
 """Lanes to workers of this machine: what Dask's scheduler has nothing to decide about does not pass through it.
 
 A task passes through the scheduler four times, and its message through two event loops on either side, whose code is in
-no cache any more after a step: 3 ms, where a lane takes half of one (`python -m benchmarks orchestration`). There is
-one queue for all lanes, and whoever is idle takes the next question. Answers are futures, as those of tasks are.
+no cache any more after a step (`python -m benchmarks --case workers` times both). There is one queue for all lanes, and
+whoever is idle takes the next question. Answers are futures, as those of tasks are.
 """
 
 import os

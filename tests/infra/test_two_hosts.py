@@ -117,7 +117,7 @@ def test_workers_of_another_host_give_the_same_bits(
 ) -> None:
     here, there = tmp_path / "first", tmp_path / "second"
     code, site, elsewhere = here / "code", there / "site", there / "elsewhere"
-    for folder in (code / "ownnet", site, elsewhere, there / "scratch"):
+    for folder in (code / "ownnet", here / "tmp", site, elsewhere, there / "scratch"):
         folder.mkdir(parents=True)
     (code / "ownnet" / "__init__.py").touch()
     (code / "ownnet" / "nets.py").write_text(NETS)
@@ -128,6 +128,7 @@ def test_workers_of_another_host_give_the_same_bits(
 
     plain = {name: value for name, value in os.environ.items() if not name.startswith("DEEPZERO_")}
     first = plain | certificates["first"] | {"DEEPZERO_HOME": str(here / "home"), "PYTHONPATH": f"{ROOT}:{code}"}
+    first["TMPDIR"] = str(here / "tmp")
     second = plain | certificates["second"] | {"DEEPZERO_HOME": str(there / "home"), "PYTHONPATH": str(site)}
     address = f"tls://{FIRST}:8786"
     scheduler = ["-m", "distributed.cli.dask_scheduler", "--host", FIRST, "--port", "8786", "--protocol", "tls"]
@@ -173,5 +174,6 @@ def test_workers_of_another_host_give_the_same_bits(
     assert len(found["workers"]) == 1 and found["workers"][0].startswith(f"tls://{SECOND}:")
     assert (found["home"], found["folder"], found["sees"]) == (str(there / "home"), str(elsewhere), [])
     assert found["package"] == str(site)
+    assert found["lanes"] == "closed", "they have a network between them, and get tasks"
     # The environment may lie in the checkout; but nothing is imported from the checkout itself or the first host.
     assert [entry for entry in found["path"] if entry == str(ROOT) or entry.startswith(str(here))] == []

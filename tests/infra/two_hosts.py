@@ -41,6 +41,7 @@ def main(address: str, store: str, scratch: str) -> None:
             for number in range(2):
                 batch = Batch.of(number, 0, number, *source.batch(0, number))
                 found, expected = workers.estimate(module, batch, None), here.estimate(module, batch, None)
+                lanes = workers._lanes.status
                 same += [torch.equal(value, found.gradients[name]) for name, value in expected.gradients.items()]
         there, _ = certify_examples(task, Path(scratch) / "there", client=client)
         table, _ = certify_examples(task, Path(scratch) / "here")
@@ -63,7 +64,7 @@ def main(address: str, store: str, scratch: str) -> None:
         (facts,) = client.run(sees, [store, scratch, str(weights), "/ownnet"]).values()
         addresses = list(client.nthreads())
     tables = [path.read_bytes() for path in (there, table)]
-    print(json.dumps({"same": same, "tables": tables[0] == tables[1], "workers": addresses} | facts))
+    print(json.dumps({"same": same, "tables": tables[0] == tables[1], "workers": addresses, "lanes": lanes} | facts))
 
 
 if __name__ == "__main__":
