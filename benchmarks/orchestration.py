@@ -283,7 +283,8 @@ def show(cost: Cost) -> None:
     print(f"{cost.steps} steps on {cost.data}; start-up once, {cost.start_up_s:.1f} s; bar {BAR:.0%}", end="; ")
     print("the same bits" if cost.same_bits else "NOT the same bits")
     each = cost.orchestrated_s - cost.bare_s
-    print(f"{each * 1e3:.1f} ms a step, however long it is: {BAR:.0%} of a step of {each / BAR:.2f} s")
+    if each > 0:
+        print(f"{each * 1e3:.1f} ms a step, however long it is: {BAR:.0%} of a step of {each / BAR:.2f} s")
 
 
 def document(cost: Cost) -> dict[str, Any]:
