@@ -92,6 +92,17 @@ class _Cut:
     costs: list[float]
     work: Cost
 
+    def pieces(self, number: int, count: int) -> list[bytes]:
+        """A range in at most so many pieces, as they are sent."""
+        found = divided(self.ranges[number], count)
+        return [packed((part, number + place == 0)) for place, part in enumerate(found)]
+
+    def evaluated(self, chosen: Sequence[Sequence[Any]]) -> list[Range]:
+        """What answers were given to, ranges or pieces of them, in order; chosen: those of each range."""
+        return [
+            part for whole, answers in zip(self.ranges, chosen, strict=True) for part in divided(whole, len(answers))
+        ]
+
 
 @dataclass
 class DistributedCGE:
@@ -205,8 +216,7 @@ class DistributedCGE:
         questions = [Asked(step, part) for part in cut.packed]
 
         def again(number: int, pieces: int, workers: Sequence[str]) -> list[Asked]:
-            found = divided(cut.ranges[number], pieces)
-            parts = [Asked(step, packed((part, number + place == 0))) for place, part in enumerate(found)]
+            parts = [Asked(step, part) for part in cut.pieces(number, pieces)]
             self._lanes.ask(parts)
             return parts
 
@@ -218,7 +228,7 @@ class DistributedCGE:
             meanwhile()  # which would hold up the questions while they leave
             answers.wait()
             chosen = [answers.chosen[number] for number in range(len(tasks))]
-            return self._parts(cut, chosen), [unpacked(asked.result()) for futures in chosen for asked in futures]
+            return cut.evaluated(chosen), [unpacked(asked.result()) for futures in chosen for asked in futures]
         except (LaneLostError, ConnectionError):
             return None
         finally:
@@ -244,8 +254,7 @@ class DistributedCGE:
         )
 
         def again(number: int, pieces: int, workers: Sequence[str]) -> list[Future]:
-            found = divided(cut.ranges[number], pieces)
-            parts = [packed((part, number + place == 0)) for place, part in enumerate(found)]
+            parts = cut.pieces(number, pieces)
             keys = [self._key("again", state.name, number, uuid4().hex) for _ in parts]
             options = {"key": keys, "pure": False, "workers": list(workers)}
             return self.client.map(evaluate, parts, [held] * len(parts), plugin=self._name, **options)
@@ -276,7 +285,7 @@ class DistributedCGE:
             self.asked_again += answers.asked_again
             chosen = [answers.chosen[number] for number in range(len(tasks))]
             results = self.client.gather([future for futures in chosen for future in futures])
-            return self._parts(cut, chosen), [unpacked(present(result)) for result in results]
+            return cut.evaluated(chosen), [unpacked(present(result)) for result in results]
         except KilledWorker as error:
             raise LostError(
                 f"a coordinate range was tried on {error.allowed_failures + 1} Dask workers and each of them died; "
@@ -291,11 +300,6 @@ class DistributedCGE:
 
     def _scheduler_lost(self) -> LostError:
         return LostError(f"the Dask scheduler at {self.client.scheduler.address} was lost in the middle of a step")
-
-    def _parts(self, cut: _Cut, chosen: Sequence[Sequence[Any]]) -> list[Range]:
-        """What was evaluated, ranges or pieces of them, in order."""
-        pieces = zip(cut.ranges, chosen, strict=True)
-        return [part for whole, futures in pieces for part in divided(whole, len(futures))]
 
     def _report(self, event: tuple[float, Any]) -> None:
         message = event[1]

@@ -17,6 +17,7 @@ from prefect.workers.process import ProcessWorker
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
+# Prefect warns of two workers for one type of pool: here the second is meant to take the place of the first.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", r"Type '\w+' at .* has key 'process' that matches existing registered type")
 
