@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from deepzero_core.training.sources import step_generator
 from infra.certificates import Certificates
 from infra.classifiers import Classifier, Recipe, files_of, moved
 from infra.cluster import shares_disk
-from infra.plugins import Absent, present, withdraw
+from infra.plugins import Absent, lend, name_for, present, withdraw
 from infra.shipping import Parcel, Shipment, received
 from infra.waiting import finished
 
@@ -171,13 +170,13 @@ def _on_workers(
     task: Task, numbers: Sequence[int], client: Client, timeout_s: float
 ) -> Iterator[tuple[int, Certificate]]:
     """Certificates as they come, in any order."""
-    name = f"deepzero-certification-{uuid4().hex}"
+    name = name_for(client, "certification")
     size = max(1, _SHARD_SAMPLES // (task.settings.n0 + task.settings.n))
     shards: dict[Future, Sequence[int]] = {}
     shipment = None if shares_disk(client) else Shipment(client)
     try:
         luggage = None if shipment is None else Luggage.of(task, shipment)
-        client.register_plugin(CertificationWorker(name, task, luggage))
+        lend(client, CertificationWorker(name, task, luggage))
         for position in range(0, len(numbers), size):
             part = numbers[position : position + size]
             shards[client.submit(_shard, name, part, key=f"{name}-{part[0]}", pure=False)] = part

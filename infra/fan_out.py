@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
 import torch
 from distributed import CancelledError, Client, Future, KilledWorker, Worker, WorkerPlugin, get_worker
@@ -22,7 +21,7 @@ from distributed import CancelledError, Client, Future, KilledWorker, Worker, Wo
 from deepzero_core.callables import reason, resolve
 from deepzero_core.errors import WorkError
 from infra.dask_memory import forget_names
-from infra.plugins import Absent, present, withdraw
+from infra.plugins import Absent, lend, name_for, present, withdraw
 from infra.waiting import finished, log_workers
 
 log = logging.getLogger(__name__)
@@ -81,12 +80,12 @@ class FanOut:
         self, client: Client, factory: str, arguments: Mapping[str, Any], *, timeout_s: float = 60.0, threads: int = 1
     ) -> None:
         self.client, self.timeout_s = client, timeout_s
-        self._name = f"deepzero-fan-out-{uuid4().hex}"
+        self._name = name_for(client, "fan-out")
         self._plugin = FanOutWorker(self._name, factory, arguments, threads)
         self._asked = 0
 
     def __enter__(self) -> "FanOut":
-        self.client.register_plugin(self._plugin)
+        lend(self.client, self._plugin)
         log_workers(self.client, log, "what it was asked is asked of another")
         return self
 

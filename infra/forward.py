@@ -45,7 +45,7 @@ from infra.cluster import shares_disk
 from infra.forward_worker import Answer, ForwardWorker, StepState, evaluate, tensors_of
 from infra.lanes import Asked, LaneLostError, Lanes
 from infra.packed import packed, unpacked
-from infra.plugins import present, withdraw
+from infra.plugins import lend, name_for, present, withdraw
 from infra.problem import Images, Problem
 from infra.ranges import Range, copies_for, divided, grouped, joined, paces
 from infra.shipping import Shipment
@@ -116,12 +116,13 @@ class DistributedCGE:
     asked_again: int = 0
     """Tasks so far that were asked of a second worker because the first was late."""
     _name: str = field(default_factory=lambda: uuid4().hex)
+    _plugin: str = ""
     _evaluator: Evaluator | None = None
     _cut: _Cut | None = None
     _pace: dict[str, float] = field(default_factory=dict)
     _timed: int = 0
     _workers: set[str] = field(default_factory=set)
-    _lanes: Lanes = field(default_factory=Lanes)
+    _lanes: Lanes | None = None
     _shipment: Shipment | None = None
     _mark: Future | None = None
     """A task of the scheduler: cancelled when that is lost, whether or not another one has taken its place."""
@@ -131,7 +132,10 @@ class DistributedCGE:
         if not shares_disk(self.client):
             self._shipment = Shipment(self.client)
             images = Images.of(self.problem, self._shipment)
-        self.client.register_plugin(ForwardWorker(self._name, self.problem, str(self._lanes.folder), images))
+        if self.lanes:
+            self._lanes = Lanes()
+        self._plugin = name_for(self.client, "forward")
+        lend(self.client, ForwardWorker(self._plugin, self.problem, self._lanes and str(self._lanes.folder), images))
         self._mark = self.client.submit(_hold, None, key=self._key("mark"), pure=False)
         self.client.subscribe_topic("all", self._report)
         # Not `scheduler_info`: the client renews that every two seconds, without workers.
@@ -140,8 +144,9 @@ class DistributedCGE:
 
     def __exit__(self, *_: object) -> None:
         self._cut = self._shipment = self._mark = None
-        withdraw(self.client, self._name, topic="all")
-        self._lanes.close()
+        withdraw(self.client, self._plugin, topic="all")
+        if self._lanes is not None:
+            self._lanes.close()
 
     def cost(self, module: nn.Module, coordinates: Coordinates | None) -> int:
         return queries(count(resolve(module, coordinates)), self.problem.difference)
@@ -164,7 +169,8 @@ class DistributedCGE:
             self.prepared(module, batch.inputs, batch.targets)
         chosen = resolve(module, coordinates)
         cut = self._cut_for(coordinates, chosen, lambda e: e.base(parameters, buffers, batch.inputs, batch.targets))
-        parts, answers = self._asked(state, cut, lambda: batch.targets) or self._answers(state, cut)
+        asked = self._lanes and self._asked(self._lanes, state, cut, lambda: batch.targets)
+        parts, answers = asked or self._answers(state, cut)
         self._time(parts, answers)
         gradients = scatter(parameters, chosen, joined(parts, [answer.slopes for answer in answers]))
         spent = queries(count(chosen), self.problem.difference)
@@ -207,23 +213,23 @@ class DistributedCGE:
                 self._pace[name] = min(self._pace.get(name, seconds), seconds)
 
     def _asked(
-        self, state: StepState, cut: _Cut, meanwhile: Callable[[], object]
+        self, lanes: Lanes, state: StepState, cut: _Cut, meanwhile: Callable[[], object]
     ) -> tuple[list[Range], list[Answer]] | None:
         """As `_answers`, through lanes; None where there is none to some worker, or the last has ended."""
-        if not (self.lanes and self._lanes.lead_to(self._workers)):
+        if not lanes.lead_to(self._workers):
             return None
         step = state.name, packed(state)
         questions = [Asked(step, part) for part in cut.packed]
 
         def again(number: int, pieces: int, workers: Sequence[str]) -> list[Asked]:
             parts = [Asked(step, part) for part in cut.pieces(number, pieces)]
-            self._lanes.ask(parts)
+            lanes.ask(parts)
             return parts
 
         tasks = [Task(c, q, partial(again, n)) for n, (c, q) in enumerate(zip(cut.costs, questions, strict=True))]
-        answers = Answers(self._lanes, tasks, lambda: len(self._workers), lambda: self.timeout_s)
+        answers = Answers(lanes, tasks, lambda: len(self._workers), lambda: self.timeout_s)
         try:
-            self._lanes.ask(questions)
+            lanes.ask(questions)
             wait_for_answers(questions, timeout=_SENT_S, return_when=FIRST_COMPLETED)
             meanwhile()  # which would hold up the questions while they leave
             answers.wait()
@@ -233,7 +239,7 @@ class DistributedCGE:
             return None
         finally:
             self.asked_again += answers.asked_again
-            self._lanes.take_back([asked for asked in answers.futures() if not asked.done()])
+            lanes.take_back([asked for asked in answers.futures() if not asked.done()])
 
     def _tasks(self, state: StepState, cut: _Cut) -> list[Task]:
         """The ranges, in the order in which they are to begin, large ones first."""
@@ -248,7 +254,7 @@ class DistributedCGE:
             evaluate,
             cut.packed,
             [held] * len(numbers),
-            plugin=self._name,
+            plugin=self._plugin,
             key=[self._key("range", state.name, number) for number in numbers],
             pure=False,
         )
@@ -257,7 +263,7 @@ class DistributedCGE:
             parts = cut.pieces(number, pieces)
             keys = [self._key("again", state.name, number, uuid4().hex) for _ in parts]
             options = {"key": keys, "pure": False, "workers": list(workers)}
-            return self.client.map(evaluate, parts, [held] * len(parts), plugin=self._name, **options)
+            return self.client.map(evaluate, parts, [held] * len(parts), plugin=self._plugin, **options)
 
         return [Task(cost, f, partial(again, n)) for n, cost, f in zip(numbers, cut.costs, futures, strict=True)]
 

@@ -73,10 +73,10 @@ class ForwardWorker(WorkerPlugin):
     """A worker's module, data and engine, built by its first task; set up again when Dask replaces the worker.
 
     doors: the coordinator's folder, in which a worker that sees it opens a door of its own, once a task has built what
-    it takes to answer.
+    it takes to answer; None where it asks by tasks alone.
     """
 
-    def __init__(self, name: str, problem: Problem, doors: str, images: Images | None = None) -> None:
+    def __init__(self, name: str, problem: Problem, doors: str | None, images: Images | None = None) -> None:
         self.name = name
         self._problem, self._doors, self._images = problem, doors, images
         self._device = torch.device(problem.device)
@@ -95,7 +95,7 @@ class ForwardWorker(WorkerPlugin):
         torch.set_num_threads(1)
         # A worker that somebody else has started may have several threads; engine and random state are for one.
         self._turn = threading.Lock()
-        self._path = door_in(Path(self._doors), worker.address)
+        self._path = self._doors and door_in(Path(self._doors), worker.address)
 
     def teardown(self, worker: Worker) -> None:
         if self._door is not None:
@@ -158,7 +158,7 @@ class ForwardWorker(WorkerPlugin):
             torch.manual_seed(state.random_seed)
             parameters, buffers = (tensors_of(arrays, self._device) for arrays in unpacked(state.theta))
             self._base = state.name, self._evaluator.base(parameters, buffers, inputs, targets)
-            if self._door is None and mine(self._path.parent):
+            if self._door is None and self._path and mine(self._path.parent):
                 with suppress(OSError):  # without a door it gets tasks
                     self._door = Door(self._path, self.answer_at_once, self.draw_ahead)
         return self._base[1]

@@ -19,13 +19,12 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from distributed import Client, Worker, WorkerPlugin
 
 from configs.checks import CALLABLE
 from deepzero_core.errors import RequestError
-from infra.plugins import withdraw
+from infra.plugins import lend, name_for, withdraw
 
 MAX_BYTES = 32 << 20
 _OURS = {"deepzero_core", "simulators", "configs", "infra", "tasks", "flows"}
@@ -42,12 +41,12 @@ def own_code(client: Client, mentions: Any) -> Iterator[None]:
     if not archives:
         yield
         return
-    plugin = OwnCode(archives)
-    client.register_plugin(plugin)
+    name = name_for(client, "own-code")
+    lend(client, OwnCode(name, archives))
     try:
         yield
     finally:
-        withdraw(client, plugin.name)
+        withdraw(client, name)
 
 
 def own_packages(mentions: Any) -> set[str]:
@@ -84,9 +83,8 @@ def archive(name: str) -> bytes:
 class OwnCode(WorkerPlugin):
     """Archives by top-level name, unpacked among the worker's own files and put in front of what it can import."""
 
-    def __init__(self, archives: Mapping[str, bytes]) -> None:
-        self.name = f"deepzero-own-code-{uuid4().hex}"
-        self._archives = dict(archives)
+    def __init__(self, name: str, archives: Mapping[str, bytes]) -> None:
+        self.name, self._archives = name, dict(archives)
         content = (name.encode() + b"\0" + archives[name] for name in sorted(archives))
         self._digest = hashlib.sha256(b"".join(content)).hexdigest()
 

@@ -2,15 +2,22 @@
 
 The plugins of a scheduler die with it. Where a supervisor starts another one at once, client and workers connect to
 that, and it takes tasks for plugins that none of its workers has.
+
+A run that is killed takes nothing away: its network, its data and its code would stay in the workers of a scheduler
+that lives on. Names tell whose plugins are, and the next run takes off those whose client has gone.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
+from uuid import uuid4
 
-from distributed import CancelledError, Client
+from distributed import CancelledError, Client, WorkerPlugin
 
 T = TypeVar("T")
+
+_OURS = "deepzero-"
 
 
 class Absent(Enum):
@@ -27,6 +34,30 @@ def present(answer: T | Absent) -> T:
     if isinstance(answer, Absent):
         raise ConnectionError("the scheduler was started anew, and its workers know nothing of this run")
     return answer
+
+
+def name_for(client: Client, kind: str) -> str:
+    """The name of a new plugin of this client."""
+    return f"{_OURS}{kind}-{client.id}-{uuid4().hex}"
+
+
+def lend(client: Client, plugin: WorkerPlugin) -> None:
+    """Put a plugin on all workers, late ones too, and take off those of clients that have gone."""
+    for name in client.run_on_scheduler(_left_over()):
+        withdraw(client, name)
+    client.register_plugin(plugin)
+
+
+def _left_over() -> Callable[..., list[str]]:
+    """For the scheduler, which need not have this package: a function within a function travels by its code."""
+    ours = _OURS
+
+    def names(dask_scheduler: Any) -> list[str]:
+        """Of our plugins whose client is not connected."""
+        found, clients = dask_scheduler.worker_plugins, dask_scheduler.clients
+        return [name for name in found if name.startswith(ours) and not any(client in name for client in clients)]
+
+    return names
 
 
 def withdraw(client: Client, plugin: str, topic: str | None = None) -> None:

@@ -15,6 +15,7 @@ import dask
 import psutil
 import pytest
 import torch
+from distributed import Client
 from torch.nn import functional as F
 
 from deepzero_core.data import prepare
@@ -23,6 +24,7 @@ from deepzero_core.training import Batch, CGESource
 from infra import cluster
 from infra.cluster import connect, shares_disk
 from infra.dask_settings import SETTINGS
+from infra.fan_out import FanOut
 from infra.forward import DistributedCGE
 from infra.problem import Problem
 
@@ -173,6 +175,32 @@ def test_a_running_scheduler_is_used_and_left_running(
             estimate = source.estimate(module, batch, None)
         assert all(torch.equal(value, estimate.gradients[name]) for name, value in expected.gradients.items())
     assert scheduler.poll() is None
+
+
+def test_what_a_killed_run_has_left_on_workers_is_taken_off_by_the_next(
+    running: tuple[str, "subprocess.Popen[bytes]"],
+) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from infra.cluster import connect\n"
+        "from infra.fan_out import FanOut\n"
+        "with connect(1, sys.argv[1], 60) as client, FanOut(client, 'builtins:dict', {}):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with connect(1, running[0], 60) as first, FanOut(first, "builtins:dict", {}) as other:
+        subprocess.run([sys.executable, "-c", code, running[0]], cwd=ROOT, check=False, timeout=120)
+        with connect(1, running[0], 60) as client:
+            assert len(ours(client)) == 2, "of a run that is alive, and of the killed one"
+            with FanOut(client, "builtins:dict", {}) as own:
+                assert ours(client) == {other._name, own._name}
+
+
+def ours(client: Client) -> set[str]:
+    """The names of plugins on the worker."""
+    (names,) = client.run(
+        lambda dask_worker: [name for name in dask_worker.plugins if name.startswith("deepzero-")]
+    ).values()
+    return set(names)
 
 
 def test_workers_of_a_scheduler_on_loopback_are_asked_what_they_see(

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -26,17 +27,14 @@ from deepzero_core.training import Batch, CGESource, Schedule, Trainer, Training
 from infra import cluster, forward
 from infra.cluster import connect
 from infra.forward import DistributedCGE
-from infra.lanes import Lanes
 from infra.problem import Problem
 from infra.ranges import ENOUGH, tapered
 
 MEMORY = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def by_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the workers are on other machines; those of this one are asked through lanes (`test_lanes`)."""
-    monkeypatch.setattr(Lanes, "lead_to", lambda self, addresses: False)
+by_tasks = partial(DistributedCGE, lanes=False)
+"""As where the workers are on other machines; those of this one are asked through lanes (`test_lanes`)."""
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +121,7 @@ def test_any_number_of_workers_trains_to_the_same_bits(small: Problem, workers: 
     alone = small.build_module()
     expected = list(Trainer(alone, batches, CGESource(F.cross_entropy, 5e-3, "forward", MEMORY), plan).run())
     spread = small.build_module()
-    with connect(workers, None, 60) as client, DistributedCGE(client, small) as source:
+    with connect(workers, None, 60) as client, by_tasks(client, small) as source:
         assert len(client.nthreads()) == workers
         assert list(Trainer(spread, batches, source, plan).run()) == expected
     for name, value in alone.state_dict().items():
@@ -143,7 +141,7 @@ def test_two_workers_estimate_what_this_process_does(store: Path, two: Client, d
     spread = problem(store, difference=difference)
     module, batches = spread.build_module().train(), spread.build_batches()
     some = draw_masks({"linear.weight": 0.7}, module, torch.Generator().manual_seed(1))
-    with DistributedCGE(two, spread) as source:
+    with by_tasks(two, spread) as source:
         for number, coordinates in enumerate([None, some, {"linear.bias": some["linear.bias"]}, None]):
             batch = batch_of(batches, number)
             assert_same(source.estimate(module, batch, coordinates), here(spread, module, batch, coordinates))
@@ -152,7 +150,7 @@ def test_two_workers_estimate_what_this_process_does(store: Path, two: Client, d
 
 def test_the_same_batch_at_other_parameters_is_not_answered_from_memory(small: Problem, two: Client) -> None:
     module, batch = small.build_module().train(), batch_of(small.build_batches(), 0)
-    with DistributedCGE(two, small) as source:
+    with by_tasks(two, small) as source:
         first = source.estimate(module, batch, None)
         with torch.no_grad():
             module.get_parameter("linear.weight").add_(0.5)
@@ -163,7 +161,7 @@ def test_the_same_batch_at_other_parameters_is_not_answered_from_memory(small: P
 
 def test_ranges_follow_what_the_first_steps_took(small: Problem, two: Client) -> None:
     module, batches = small.build_module().train(), small.build_batches()
-    with DistributedCGE(two, small) as source:
+    with by_tasks(two, small) as source:
         cuts = []
         for number in range(4):
             batch = batch_of(batches, number)
@@ -180,12 +178,12 @@ def test_ranges_follow_what_the_first_steps_took(small: Problem, two: Client) ->
 def test_without_a_coordinate_there_is_still_the_base_pass(small: Problem, two: Client) -> None:
     module, batch = small.build_module().train(), batch_of(small.build_batches(), 0)
     none = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in module.named_parameters()}
-    with DistributedCGE(two, small) as source:
+    with by_tasks(two, small) as source:
         assert_same(source.estimate(module, batch, none), here(small, module, batch, none))
 
 
 def test_workers_keep_prefect_and_mlflow_out_and_compute_on_one_thread(small: Problem, two: Client) -> None:
-    with DistributedCGE(two, small) as source:
+    with by_tasks(two, small) as source:
         source.estimate(small.build_module().train(), batch_of(small.build_batches(), 0), None)
         loaded = two.run(lambda: sorted({"prefect", "mlflow", "torch"} & set(__import__("sys").modules)))
         threads = [two.submit(torch.get_num_threads, pure=False).result() for _ in range(4)]
@@ -194,7 +192,7 @@ def test_workers_keep_prefect_and_mlflow_out_and_compute_on_one_thread(small: Pr
 
 
 def test_nothing_is_left_on_the_cluster(small: Problem, two: Client) -> None:
-    with DistributedCGE(two, small) as source:
+    with by_tasks(two, small) as source:
         source.estimate(small.build_module().train(), batch_of(small.build_batches(), 0), None)
     plugins = two.run(lambda dask_worker: [name for name in dask_worker.plugins if name.startswith("deepzero")])
     assert set(map(tuple, plugins.values())) == {()}
@@ -212,7 +210,7 @@ def test_workers_that_do_not_see_the_store_are_sent_its_images(
     module, batches = own.build_module().train(), own.build_batches()
     expected = [here(own, module, batch_of(batches, number), None) for number in range(2)]
     monkeypatch.setattr(forward, "shares_disk", lambda client: False)
-    with connect(1, None, 60) as client, DistributedCGE(client, own) as source:
+    with connect(1, None, 60) as client, by_tasks(client, own) as source:
         own.store.rename(tmp_path / "elsewhere")
         for number, estimate in enumerate(expected):
             assert_same(source.estimate(module, batch_of(batches, number), None), estimate)
@@ -240,7 +238,7 @@ def test_a_worker_killed_in_the_middle_of_a_step_changes_no_bit(
 ) -> None:
     module, batches = slow.build_module().train(), slow.build_batches()
     expected = [here(slow, module, batch_of(batches, number), None) for number in range(3)]
-    with caplog.at_level(logging.INFO, "infra"), connect(2, None, 60) as client, DistributedCGE(client, slow) as source:
+    with caplog.at_level(logging.INFO, "infra"), connect(2, None, 60) as client, by_tasks(client, slow) as source:
         assert_same(source.estimate(module, batch_of(batches, 0), None), expected[0])
         victim = pids(client)[0]
         killing = while_it_runs(client, lambda: os.kill(victim, signal.SIGKILL))
@@ -265,7 +263,7 @@ def test_all_workers_killed_at_once_change_no_bit(slow: Problem, caplog: pytest.
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
 
-    with caplog.at_level(logging.INFO, "infra"), connect(2, None, 60) as client, DistributedCGE(client, slow) as source:
+    with caplog.at_level(logging.INFO, "infra"), connect(2, None, 60) as client, by_tasks(client, slow) as source:
         victims = pids(client)
         while_it_runs(client, kill_all)
         assert_same(source.estimate(module, batch, None), here(slow, module, batch, None))
@@ -275,7 +273,7 @@ def test_all_workers_killed_at_once_change_no_bit(slow: Problem, caplog: pytest.
 
 def test_workers_that_fall_silent_end_the_step_with_a_count(slow: Problem) -> None:
     module, batch = slow.build_module().train(), batch_of(slow.build_batches(), 0)
-    with connect(2, None, 60) as client, DistributedCGE(client, slow) as source:
+    with connect(2, None, 60) as client, by_tasks(client, slow) as source:
         stopped = [psutil.Process(pid) for pid in pids(client)]
 
         def silence() -> None:
@@ -320,7 +318,7 @@ def test_a_network_that_kills_its_workers_is_a_failure_of_the_work(
     module, batch = deadly.build_module().train(), batch_of(deadly.build_batches(), 0)
     with (
         connect(1, None, 60) as client,
-        DistributedCGE(client, deadly) as source,
+        by_tasks(client, deadly) as source,
         pytest.raises(WorkError, match=r"a coordinate range was tried on 2 Dask workers and each of them died"),
     ):
         source.estimate(module, batch, None)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,17 +25,14 @@ from deepzero_core.training import Batch, CGESource
 from infra import forward, ranges
 from infra.cluster import connect
 from infra.forward import DistributedCGE
-from infra.lanes import Lanes
 from infra.problem import Problem
 from infra.ranges import ENOUGH, FEW, Range, divided, grouped, paces
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
 
-@pytest.fixture(autouse=True)
-def by_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the workers are on other machines; those of this one are asked through lanes (`test_lanes`)."""
-    monkeypatch.setattr(Lanes, "lead_to", lambda self, addresses: False)
+by_tasks = partial(DistributedCGE, lanes=False)
+"""As where the workers are on other machines; those of this one are asked through lanes (`test_lanes`)."""
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +106,7 @@ def counted() -> int:
 @pytest.fixture(scope="module")
 def three(problem: Problem) -> Iterator[DistributedCGE]:
     """Three workers."""
-    with connect(3, None, 60) as client, DistributedCGE(client, problem) as source:
+    with connect(3, None, 60) as client, by_tasks(client, problem) as source:
         yield source
 
 
@@ -173,7 +171,7 @@ def in_the_middle(source: DistributedCGE, gate: Path, action: Callable[[], None]
 
 def test_workers_that_come_and_go_within_steps_change_no_bit(steps: Steps, problem: Problem, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    with connect(1, None, 60) as client, DistributedCGE(client, problem) as source:
+    with connect(1, None, 60) as client, by_tasks(client, problem) as source:
         steps.on(source, 0)
         (first,) = workers_of(client)
 
