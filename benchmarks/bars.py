@@ -5,24 +5,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bar:
-    """must: what is required; aim: what is hoped for. `lower`: smaller is better."""
+    """must: what is required; aim: what is hoped for. `lower`: smaller is better. form: how a value is written."""
 
     must: float
     aim: float | None = None
     lower: bool = False
+    form: str = "{:g}×"
 
     def verdict(self, value: float) -> str:
         """The bar in words, and whether a value meets it."""
         met = self._reaches(value, self.must)
         aimed = self.aim is not None and self._reaches(value, self.aim)
-        aim = "" if self.aim is None else f", aim {self._shown(self.aim)}"
-        return f"must {self._shown(self.must)}{aim}: {'aim met' if aimed else 'met' if met else 'not met'}"
+        aim = "" if self.aim is None else f", aim {self.form.format(self.aim)}"
+        return f"must {self.form.format(self.must)}{aim}: {'aim met' if aimed else 'met' if met else 'not met'}"
 
     def _reaches(self, value: float, wanted: float) -> bool:
         return value <= wanted if self.lower else value >= wanted
 
-    def _shown(self, value: float) -> str:
-        return f"{value:.0e}" if self.lower else f"{value:g}×"
+
+def _error(must: float, aim: float | None = None) -> Bar:
+    return Bar(must, aim, lower=True, form="{:.0e}")
 
 
 # (case, baseline, kind of device), on two cores unless it is a GPU
@@ -38,13 +40,13 @@ SPEED = {
     ("workers", "one worker", "cpu"): Bar(1.8, 1.95),
 }
 
-MEMORY = Bar(1.0, lower=True)
+MEMORY = Bar(1.0, lower=True, form="{:g} GiB")
 """GiB beside a plain forward pass, at the default budget."""
 
 CERTIFICATION = Bar(2.0)
 """How many times longer a plain loop over the examples takes."""
 
-SAVED = Bar(0.5)
+SAVED = Bar(0.5, form="{:.0%}")
 """Share of the samples that adaptive mode does without, on the demo."""
 
 SIMULATORS = Bar(30, 100)
@@ -52,11 +54,11 @@ SIMULATORS = Bar(30, 100)
 
 # precision of the engine → bar; relative error against float64 CGE at μ = 5e-3, against autograd at μ = 1e-6
 AGAINST_CGE = {
-    "value": Bar(2e-3, lower=True),
-    "float32": Bar(1e-4, 3e-5, lower=True),
-    "bfloat16": Bar(1e-2, 5e-3, lower=True),
+    "value": _error(2e-3),
+    "float32": _error(1e-4, 3e-5),
+    "bfloat16": _error(1e-2, 5e-3),
 }
 AGAINST_DERIVATIVE = {
-    "float32": Bar(1e-5, 2e-6, lower=True),
-    "bfloat16": Bar(1e-2, 5e-3, lower=True),
+    "float32": _error(1e-5, 2e-6),
+    "bfloat16": _error(1e-2, 5e-3),
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import accuracy, baselines, certification, fan_out, models, physics, plot, ratios, simulators
 from benchmarks.__main__ import main
-from benchmarks.bars import Bar
+from benchmarks.bars import AGAINST_CGE, MEMORY, SAVED, Bar
 from benchmarks.baselines import Slopes
 from benchmarks.cases import CASES, Case, classification, denoising, dense, spread
 from benchmarks.measure import MU, Options, measure
@@ -164,9 +164,11 @@ def test_networks_have_the_sizes_they_are_known_for() -> None:
         (Bar(15, 25), 14.9, "must 15×, aim 25×: not met"),
         (Bar(15, 25), 15.0, "must 15×, aim 25×: met"),
         (Bar(15, 25), 25.0, "must 15×, aim 25×: aim met"),
-        (Bar(1e-4, 3e-5, lower=True), 5e-5, "must 1e-04, aim 3e-05: met"),
-        (Bar(2e-3, lower=True), 1e-3, "must 2e-03: met"),
-        (Bar(2e-3, lower=True), 3e-3, "must 2e-03: not met"),
+        (AGAINST_CGE["float32"], 5e-5, "must 1e-04, aim 3e-05: met"),
+        (AGAINST_CGE["value"], 1e-3, "must 2e-03: met"),
+        (AGAINST_CGE["value"], 3e-3, "must 2e-03: not met"),
+        (MEMORY, 0.3, "must 1 GiB: met"),
+        (SAVED, 0.4, "must 50%: not met"),
     ],
 )
 def test_a_bar_says_whether_it_is_met(bar: Bar, value: float, words: str) -> None:
