@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import cloudpickle
 import dask
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from deepzero_core.data import prepare
 from deepzero_core.errors import RequestError, WorkError
 from deepzero_core.training import Batch, CGESource
-from infra import cluster
+from infra import cluster, plugins
 from infra.cluster import connect, shares_disk
 from infra.dask_settings import SETTINGS
 from infra.fan_out import FanOut
@@ -193,6 +194,20 @@ def test_what_a_killed_run_has_left_on_workers_is_taken_off_by_the_next(
             assert len(ours(client)) == 2, "of a run that is alive, and of the killed one"
             with FanOut(client, "builtins:dict", {}) as own:
                 assert ours(client) == {other._name, own._name}
+
+
+def test_the_scheduler_need_not_have_this_package_for_that(tmp_path: Path) -> None:
+    path = tmp_path / "asked"
+    path.write_bytes(cloudpickle.dumps(plugins._left_over()))
+    code = (
+        "import cloudpickle, pathlib, sys, types\n"
+        "sys.modules['infra'] = None\n"
+        "asked = cloudpickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "held = dict.fromkeys(['deepzero-forward-here-1', 'deepzero-forward-gone-2', 'another'])\n"
+        "print(*asked(types.SimpleNamespace(worker_plugins=held, clients={'here': None})))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stdout == "deepzero-forward-gone-2\n"
 
 
 def ours(client: Client) -> set[str]:
