@@ -13,9 +13,10 @@ from deepzero_core.errors import DeepZeroError
 from flows.catalogue import PACKAGES
 from infra.heeded import heeded
 from infra.unread import outlive_readers
+from tasks.artifacts import show_link
 from tasks.environment import environment
 from tasks.stage import Tracking
-from tasks.tracking import Run, initialise
+from tasks.tracking import Run, initialise, run_url
 from tasks.tracking_store import tidy
 from tasks.waiting import patience_s, settle
 
@@ -38,6 +39,7 @@ def recorded(flow_name: str, experiment: Section) -> Iterator[Tracking]:
     stopped = True
     try:
         with heeded(), Run.start(experiment_id, name, parent=above, tags=tags, params=params) as run:
+            show_link(run_url(experiment_id, run.run_id))
             run.text(configs.dump(experiment), "config/experiment.yaml")
             yield Tracking(experiment_id=experiment_id, run_id=run.run_id)
         stopped = False

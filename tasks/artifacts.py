@@ -37,10 +37,16 @@ _AFTER_A_FAILURE_S = 120.0
 _PICTURE = re.compile(r"!\[([^\]]*)\]\(([\w.-]+)\)")
 
 
-def show_report(reported: Reported, *, title: str, run_id: str, url: str) -> None:
-    """Link, report, table and pictures of a run whose report MLflow has, below report/.
+def show_link(url: str) -> None:
+    """To the MLflow run of the flow run that begins; what it measures is there from then on."""
+    with _shown("the link to MLflow"):
+        create_link_artifact(url, key="mlflow-run", link_text="MLflow run", description="Metrics, files and the model")
 
-    run_id, url: of the MLflow run. Pictures are shown where a browser can fetch them: from an MLflow server.
+
+def show_report(reported: Reported, *, title: str, run_id: str) -> None:
+    """Report, table and pictures of a run whose report MLflow has, below report/.
+
+    run_id: of the MLflow run. Pictures are shown where a browser can fetch them: from an MLflow server.
     """
     result: dict[str, Any] = json.loads(reported.result.read_text(encoding="utf-8"))
     table = result["table"]
@@ -50,7 +56,6 @@ def show_report(reported: Reported, *, title: str, run_id: str, url: str) -> Non
         reported.markdown.read_text(encoding="utf-8"),
     )
     with _shown("the report"):
-        create_link_artifact(url, key="mlflow-run", link_text="MLflow run", description="Metrics, files and the model")
         create_markdown_artifact(markdown, key="report", description=title)
         create_table_artifact(
             [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]], key="result", description=title

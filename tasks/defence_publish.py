@@ -36,7 +36,6 @@ def report_defence(
 ) -> Reported:
     """The report of a flow run; the first result is the experiment's own method, which is logged as a model."""
     started = time.monotonic()
-    url = run_url(tracking.experiment_id, tracking.run_id)
     run = Run.resume(tracking.run_id)
     notes = []
     try:
@@ -54,14 +53,13 @@ def report_defence(
         price_per_thousand=defence.victim.price_per_thousand,
         rows=_rows(defence, prepared, victim, results),
         environment=environment(),
-        mlflow_url=url,
+        mlflow_url=run_url(tracking.experiment_id, tracking.run_id),
         notes=notes,
     )
     present(
         run,
         reported,
         title=defence.name,
-        url=url,
         data=(prepared.name, prepared.digest, prepared.counts),
         summary=_summary(results, victim),
         head_ends_at="Certified accuracy by radius",

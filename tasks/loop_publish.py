@@ -26,7 +26,6 @@ from tasks.tracking import Run, run_url
 def report_loop(tracking: Tracking, loop: SolverLoop, cases: Cases, results: list[LoopResult]) -> Reported:
     """The report of a flow run; the first result is the experiment's own method: its corrector is logged as a model."""
     started = time.monotonic()
-    url = run_url(tracking.experiment_id, tracking.run_id)
     run = Run.resume(tracking.run_id)
     notes = []
     with open_simulator(loop) as simulator:
@@ -49,14 +48,13 @@ def report_loop(tracking: Tracking, loop: SolverLoop, cases: Cases, results: lis
         reference=reference,
         animated=loop.rollout.animation,
         environment=environment(),
-        mlflow_url=url,
+        mlflow_url=run_url(tracking.experiment_id, tracking.run_id),
         notes=notes,
     )
     present(
         run,
         reported,
         title=loop.name,
-        url=url,
         data=(cases.name, cases.digest, cases.counts),
         summary=_summary(results),
         head_ends_at="Fields",

@@ -16,7 +16,6 @@ def present(
     reported: Reported,
     *,
     title: str,
-    url: str,
     data: tuple[str, str, Mapping[str, int]] | None,
     summary: Mapping[str, float],
     head_ends_at: str,
@@ -34,4 +33,4 @@ def present(
     run.tags({"mlflow.note.content": markdown.partition(f"\n## {head_ends_at}")[0]})
     run.metrics(summary, step=0)
     run.flush()
-    show_report(reported, title=title, run_id=run.run_id, url=url)
+    show_report(reported, title=title, run_id=run.run_id)

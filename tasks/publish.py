@@ -32,7 +32,6 @@ def report(
 ) -> Reported:
     """The report of a flow run; the first result is the experiment's own method, whose network is logged."""
     started = time.monotonic()
-    url = run_url(tracking.experiment_id, tracking.run_id)
     run = Run.resume(tracking.run_id)
     notes = []
     try:
@@ -48,14 +47,13 @@ def report(
         prepared=prepared,
         certified=certified,
         environment=environment(),
-        mlflow_url=url,
+        mlflow_url=run_url(tracking.experiment_id, tracking.run_id),
         notes=notes,
     )
     present(
         run,
         reported,
         title=experiment.name,
-        url=url,
         data=(prepared.name, prepared.digest, prepared.counts),
         summary=_summary(results, certified),
         head_ends_at="Learning curves",

@@ -20,7 +20,6 @@ from tasks.tracking import Run, run_url
 def report_study(tracking: Tracking, study: Study, outcomes: list[Outcome]) -> Reported:
     """The report of a study. WorkError when no point of it came to anything."""
     started = time.monotonic()
-    url = run_url(tracking.experiment_id, tracking.run_id)
     run = Run.resume(tracking.run_id)
     reported = write_study_report(
         home() / "reports" / tracking.run_id,
@@ -28,13 +27,13 @@ def report_study(tracking: Tracking, study: Study, outcomes: list[Outcome]) -> R
         experiment_yaml=configs.dump(study),
         outcomes=outcomes,
         environment=environment(),
-        mlflow_url=url,
+        mlflow_url=run_url(tracking.experiment_id, tracking.run_id),
     )
     # What each point came to is shown by the runs below this one.
     summary = {
         "study/runs": float(len(outcomes)),
         "study/failed": float(sum(outcome.studied is None for outcome in outcomes)),
     }
-    present(run, reported, title=study.name, url=url, data=None, summary=summary, head_ends_at="Configuration")
+    present(run, reported, title=study.name, data=None, summary=summary, head_ends_at="Configuration")
     concluded("report", time.monotonic() - started)
     return reported

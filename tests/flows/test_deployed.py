@@ -256,6 +256,7 @@ def test_cancelled_in_mid_run_it_goes_on_to_the_same_bits(
     processes = [*engine, *(child for each in engine for child in each.children(recursive=True))]
     assert any("spawn_main" in " ".join(each.cmdline()) for each in processes), "Dask workers"
     (run,) = [each for each in server.runs() if each["state_type"] == "RUNNING"]
+    assert "mlflow-run" in {each["key"] for each in server.post("/artifacts/latest/filter").json()}
     server.post(f"/flow_runs/{run['id']}/set_state", state={"type": "CANCELLING"}).raise_for_status()
     out, err = watched.communicate(timeout=240)
     assert watched.returncode == 130, out + err

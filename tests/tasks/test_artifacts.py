@@ -11,7 +11,7 @@ from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tasks.artifacts import Gauge, show_report, slug
+from tasks.artifacts import Gauge, show_link, show_report, slug
 from tasks.beside import beside
 from tasks.records import Reported
 
@@ -33,8 +33,9 @@ def reported(tmp_path: Path) -> Reported:
 
 
 @flow
-def show(reported: Reported, title: str, url: str) -> None:
-    show_report(reported, title=title, run_id=RUN, url=url)
+def show(reported: Reported, title: str) -> None:
+    show_link("http://127.0.0.1:5999/#/x")
+    show_report(reported, title=title, run_id=RUN)
 
 
 def shown() -> dict[str, Any]:
@@ -46,7 +47,7 @@ def test_pictures_are_shown_where_a_server_has_them(
     prefect_server: None, reported: Reported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:5999")
-    show(reported, "Title", "http://127.0.0.1:5999/#/x")
+    show(reported, "Title")
     found = shown()
     address = f"http://127.0.0.1:5999/get-artifact?path=report%2Fcurves.png&run_uuid={RUN}"
     assert (found["picture-learning-curves"].type, found["picture-learning-curves"].data) == ("image", address)
@@ -63,7 +64,7 @@ def test_without_a_server_for_them_there_are_no_broken_pictures(
     prefect_server: None, reported: Reported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    show(reported, "Local", "http://127.0.0.1:5000/#/x")
+    show(reported, "Local")
     assert "![" not in shown()["report"].data
 
 
@@ -73,8 +74,10 @@ def test_a_server_that_is_gone_is_a_line_in_the_log(reported: Reported, caplog: 
         listener.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         with caplog.at_level(logging.WARNING, "tasks"), temporary_settings({PREFECT_API_URL: nobody}):
-            show_report(reported, title="Title", run_id=RUN, url="http://127.0.0.1:5000/#/x")
-    assert [record.getMessage().partition(": ")[0] for record in caplog.records] == ["Prefect did not take the report"]
+            show_link("http://127.0.0.1:5000/#/x")
+            show_report(reported, title="Title", run_id=RUN)
+    said = [record.getMessage().partition(": ")[0] for record in caplog.records]
+    assert said == ["Prefect did not take the link to MLflow", "Prefect did not take the report"]
 
 
 def test_progress_is_shown_in_a_task_and_at_its_end(prefect_server: None) -> None:
