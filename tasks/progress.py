@@ -16,7 +16,9 @@ from tasks.artifacts import Gauge
 
 _log = logging.getLogger(__name__)
 
-_PLAIN_EVERY_S = 15.0
+_PLAIN_EVERY_S = (15.0, 300.0)
+_PLAIN_SHARE = 0.02
+"""Of the time so far goes between two lines, within these bounds: of a run of days nobody reads four in a minute."""
 _WIDTH = 38
 
 
@@ -37,7 +39,7 @@ class Progress:
     def __enter__(self) -> Self:
         if self._bar.console.is_terminal:
             self._bar.start()
-        elif self._expected is not None and self._expected >= _PLAIN_EVERY_S:
+        elif self._expected is not None and self._expected >= _PLAIN_EVERY_S[0]:
             _say(self._stage, f"{self._done} of {self._total}, about {_clock(self._expected)} left")
         self._gauge.show(self._percent)
         return self
@@ -54,9 +56,10 @@ class Progress:
         self._bar.update(self._task, completed=self._done, note=note)
         self._gauge.show(self._percent)
         now = time.monotonic()
-        if not self._bar.console.is_terminal and now - self._printed >= _PLAIN_EVERY_S:
+        so_far, (often, seldom) = now - self._started, _PLAIN_EVERY_S
+        if not self._bar.console.is_terminal and now - self._printed >= min(max(often, _PLAIN_SHARE * so_far), seldom):
             self._printed = now
-            left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
+            left = so_far / (self._done - self._first) * (self._total - self._done)
             _say(self._stage, f"{self._done} of {self._total}, {note}, {_clock(left)} left")
 
     @property
@@ -95,4 +98,5 @@ def _bar() -> Bar:
 
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,14 +28,17 @@ def test_a_long_title_keeps_its_distance(capsys: pytest.CaptureFixture[str]) -> 
 def test_where_there_is_no_terminal_a_line_comes_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "_PLAIN_EVERY_S", 0.0)
-    with Progress("train cge", total=10, done=6) as bar:
-        bar.advance("loss 0.5")
-        bar.advance("loss 0.4")
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Progress("train cge", total=100_000, done=6) as bar:
+        for step in range(1, 7201):
+            now[0] = 10.0 * step
+            bar.advance(f"loss {step}")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert re.fullmatch(r"train cge +7 of 10, loss 0\.5, 0:00 left", lines[0])
-    assert re.fullmatch(r"train cge +8 of 10, loss 0\.4, 0:00 left", lines[1])
+    assert re.fullmatch(r"train cge +8 of 100000, loss 2, 277:45:20 left", lines[0])
+    assert re.fullmatch(r"train cge +10 of 100000, loss 4, 277:45:00 left", lines[1]), "every fifteen seconds at first"
+    assert re.fullmatch(r"train cge +7177 of 100000, loss 7171, 257:50:30 left", lines[-1])
+    assert len(lines) == 363, "every five minutes in the end: 20 hours"
 
 
 def test_what_is_expected_is_said_before_the_first_step(
