@@ -2,7 +2,7 @@
 
 Processor time of client and scheduler is taken for steps of few and many ranges on few and many workers:
 
-    seconds(ranges, workers) = a + b·ranges + c·workers        least squares, separately for client and scheduler
+    seconds(ranges, workers) = a + b·ranges + c·workers        least squares of relative errors, for each separately
 """
 
 import json
@@ -31,7 +31,7 @@ from infra.problem import Problem
 from infra.ranges import tapered
 
 TIMEOUT_S = 120.0
-GRID = ((2, 24), (2, 240), (16, 24), (16, 240))
+GRID = ((2, 4), (2, 24), (2, 240), (16, 4), (16, 24), (16, 240))
 STEPS = 12
 _TRANSFER = 32 << 20
 
@@ -82,8 +82,9 @@ def _steps(client: Client, scheduler: psutil.Process, problem: Problem, ranges: 
 
 def _fit(rows: Sequence[tuple[int, int, float, float, float]], column: int) -> tuple[float, float, float]:
     """a, b, c of a + b·ranges + c·workers."""
-    matrix = np.array([[1.0, ranges, workers] for workers, ranges, *_ in rows])
-    a, b, c = np.linalg.lstsq(matrix, np.array([row[column] for row in rows]), rcond=None)[0].tolist()
+    measured = np.array([row[column] for row in rows])
+    matrix = np.array([[1.0, ranges, workers] for workers, ranges, *_ in rows]) / measured[:, np.newaxis]
+    a, b, c = np.linalg.lstsq(matrix, np.ones(len(rows)), rcond=None)[0].tolist()
     return a, b, c
 
 
