@@ -8,6 +8,7 @@ import random
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Transport:
     def _begin(self) -> None:
         self._lock = threading.Lock()
         self._client: httpx.Client | None = None
+        self._closing: weakref.finalize[..., Any] | None = None
         self._process = os.getpid()
         self._deadline = Deadline()
         # Its own: nobody's global generator moves because a server was busy.
@@ -115,23 +117,18 @@ class Transport:
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
-        client, self._client = self._client, None
-        # What came with a fork is the parent's.
-        if client is not None and self._process == os.getpid():
-            client.close()
+        closing, self._client, self._closing = self._closing, None, None
+        if closing is not None:
+            closing()
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_lock", "_client", "_process", "_deadline", "_jitter")
+        dropped = ("_lock", "_client", "_closing", "_process", "_deadline", "_jitter")
         # Who is to be told lives in this process.
         return {**{key: value for key, value in self.__dict__.items() if key not in dropped}, "_on_retry": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
-
-    def __del__(self) -> None:
-        if getattr(self, "_client", None) is not None:
-            self.close()
 
     def _wait(self, state: RetryCallState) -> float:
         longest = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** min(state.attempt_number - 1, 10))
@@ -247,7 +244,14 @@ class Transport:
                 # A proxy of the environment stands between networks, never before this machine's own servers.
                 trust_env=not is_loopback(self._url.host),
             )
+            # Of what is let go together the collector may take a socket first: no `__del__` of ours would find it open.
+            self._closing = weakref.finalize(self, _close, self._client, self._process)
         return self._client
+
+
+def _close(client: httpx.Client, process: int) -> None:
+    if process == os.getpid():  # what came with a fork is the parent's
+        client.close()
 
 
 class _Fault(Exception):  # noqa: N818 — it never leaves this file

@@ -1,5 +1,6 @@
 """A scoring server over a real socket: right answers, and every way in which it may fail."""
 
+import gc
 import json
 import pickle
 import shutil
@@ -330,6 +331,23 @@ def test_it_travels_to_another_process(server: Server) -> None:
     with other:
         assert torch.equal(logits(other, images(2)), expected)
         assert other.identity == box.identity
+
+
+@pytest.mark.parametrize("how", ["closed", "let go", "let go with all that refers to it"])
+def test_no_connection_outlives_its_box(server: Server, how: str) -> None:
+    box = server.oracle()
+    box.query(images(1))
+    (transport,) = box._connections._all
+    connected = transport._deadline._socket
+    assert connected is not None and connected.fileno() >= 0
+    del transport
+    if how == "closed":
+        box.close()
+    elif how != "let go":
+        box.itself = box
+    del box
+    gc.collect()
+    assert connected.fileno() == -1
 
 
 def test_identities_tell_boxes_apart() -> None:
