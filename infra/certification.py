@@ -28,7 +28,7 @@ from deepzero_core.training.sources import step_generator
 from infra.certificates import Certificates
 from infra.classifiers import Classifier, Recipe, files_of, moved
 from infra.cluster import shares_disk
-from infra.plugins import Absent, lend, name_for, present, withdraw
+from infra.plugins import Absent, name_for, present, withdraw
 from infra.shipping import Parcel, Shipment, received
 from infra.waiting import finished
 
@@ -176,7 +176,7 @@ def _on_workers(
     shipment = None if shares_disk(client) else Shipment(client)
     try:
         luggage = None if shipment is None else Luggage.of(task, shipment)
-        lend(client, CertificationWorker(name, task, luggage))
+        client.register_plugin(CertificationWorker(name, task, luggage))
         for position in range(0, len(numbers), size):
             part = numbers[position : position + size]
             shards[client.submit(_shard, name, part, key=f"{name}-{part[0]}", pure=False)] = part

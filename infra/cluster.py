@@ -22,6 +22,7 @@ from infra.dask_settings import SETTINGS
 from infra.home import home
 from infra.launch import launched
 from infra.own_code import own_code
+from infra.plugins import clear_left_over
 from infra.specs import ADDRESS, cluster_spec
 from infra.transport_security import security_of
 
@@ -48,6 +49,7 @@ def open_cluster(settings: ClusterConfig, *, mentions: Any = None) -> Iterator[C
             with _client_of(spec.address, _security(spec), timeout_s, key) as client:
                 # A configuration that names no scheduler does not know how many workers this one has.
                 _wait(client, max(1, workers) if own else 1, timeout_s)
+                clear_left_over(client)
                 with own_code(client, mentions):
                     yield client
             return

@@ -21,7 +21,7 @@ from distributed import CancelledError, Client, Future, KilledWorker, Worker, Wo
 from deepzero_core.callables import reason, resolve
 from deepzero_core.errors import WorkError
 from infra.dask_memory import forget_names
-from infra.plugins import Absent, lend, name_for, present, withdraw
+from infra.plugins import Absent, name_for, present, withdraw
 from infra.waiting import finished, log_workers
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class FanOut:
         self._asked = 0
 
     def __enter__(self) -> "FanOut":
-        lend(self.client, self._plugin)
+        self.client.register_plugin(self._plugin)
         log_workers(self.client, log, "what it was asked is asked of another")
         return self
 

@@ -45,7 +45,7 @@ from infra.cluster import shares_disk
 from infra.forward_worker import Answer, ForwardWorker, StepState, evaluate, tensors_of
 from infra.lanes import Asked, LaneLostError, Lanes
 from infra.packed import packed, unpacked
-from infra.plugins import lend, name_for, present, withdraw
+from infra.plugins import name_for, present, withdraw
 from infra.problem import Images, Problem
 from infra.ranges import Range, copies_for, divided, grouped, joined, paces
 from infra.shipping import Shipment
@@ -135,7 +135,8 @@ class DistributedCGE:
         if self.lanes:
             self._lanes = Lanes()
         self._plugin = name_for(self.client, "forward")
-        lend(self.client, ForwardWorker(self._plugin, self.problem, self._lanes and str(self._lanes.folder), images))
+        doors = self._lanes and str(self._lanes.folder)
+        self.client.register_plugin(ForwardWorker(self._plugin, self.problem, doors, images))
         self._mark = self.client.submit(_hold, None, key=self._key("mark"), pure=False)
         self.client.subscribe_topic("all", self._report)
         # Not `scheduler_info`: the client renews that every two seconds, without workers.

@@ -24,7 +24,7 @@ from distributed import Client, Worker, WorkerPlugin
 
 from configs.checks import CALLABLE
 from deepzero_core.errors import RequestError
-from infra.plugins import lend, name_for, withdraw
+from infra.plugins import name_for, withdraw
 
 MAX_BYTES = 32 << 20
 _OURS = {"deepzero_core", "simulators", "configs", "infra", "tasks", "flows"}
@@ -42,7 +42,7 @@ def own_code(client: Client, mentions: Any) -> Iterator[None]:
         yield
         return
     name = name_for(client, "own-code")
-    lend(client, OwnCode(name, archives))
+    client.register_plugin(OwnCode(name, archives))
     try:
         yield
     finally:

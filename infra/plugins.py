@@ -4,7 +4,8 @@ The plugins of a scheduler die with it. Where a supervisor starts another one at
 that, and it takes tasks for plugins that none of its workers has.
 
 A run that is killed takes nothing away: its network, its data and its code would stay in the workers of a scheduler
-that lives on. Names tell whose plugins are, and the next run takes off those whose client has gone.
+that lives on. Names tell whose plugins are, and who connects to that scheduler next takes off those whose client has
+gone.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from enum import Enum
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from distributed import CancelledError, Client, WorkerPlugin
+from distributed import CancelledError, Client
 
 T = TypeVar("T")
 
@@ -41,11 +42,10 @@ def name_for(client: Client, kind: str) -> str:
     return f"{_OURS}{kind}-{client.id}-{uuid4().hex}"
 
 
-def lend(client: Client, plugin: WorkerPlugin) -> None:
-    """Put a plugin on all workers, late ones too, and take off those of clients that have gone."""
+def clear_left_over(client: Client) -> None:
+    """Take our plugins off the workers whose client has gone."""
     for name in client.run_on_scheduler(_left_over()):
         withdraw(client, name)
-    client.register_plugin(plugin)
 
 
 def _left_over() -> Callable[..., list[str]]:

@@ -190,10 +190,9 @@ def test_what_a_killed_run_has_left_on_workers_is_taken_off_by_the_next(
     )
     with connect(1, running[0], 60) as first, FanOut(first, "builtins:dict", {}) as other:
         subprocess.run([sys.executable, "-c", code, running[0]], cwd=ROOT, check=False, timeout=120)
-        with connect(1, running[0], 60) as client:
-            assert len(ours(client)) == 2, "of a run that is alive, and of the killed one"
-            with FanOut(client, "builtins:dict", {}) as own:
-                assert ours(client) == {other._name, own._name}
+        assert len(ours(first)) == 2, "of a run that is alive, and of the killed one"
+        with connect(1, running[0], 60) as client, FanOut(client, "builtins:dict", {}) as own:
+            assert ours(client) == {other._name, own._name}
 
 
 def test_the_scheduler_need_not_have_this_package_for_that(tmp_path: Path) -> None:
